@@ -1,0 +1,74 @@
+"""hf_rsheat: small, fast, explainable remote-sensing vision backbones for the Hugging Face Hub.
+
+Importing the package registers its models with transformers' Auto classes. All public names load lazily.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_rsheat.hub import export
+    from hf_rsheat.models.configuration_heat_upernet import HeatUperNetConfig
+    from hf_rsheat.models.configuration_rs_vheat import RSVHeatConfig
+    from hf_rsheat.models.configuration_vheat import VHeatConfig
+    from hf_rsheat.models.frequency_masking import frequency_mask, frequency_target
+    from hf_rsheat.models.heat_pretrained import adapt_input_channels
+    from hf_rsheat.models.image_processing_rs_vheat import RSVHeatImageProcessor
+    from hf_rsheat.models.image_processing_vheat import VHeatImageProcessor
+    from hf_rsheat.models.modeling_heat_upernet import HeatUperNetForSemanticSegmentation
+    from hf_rsheat.models.modeling_rs_vheat import (
+        RSVHeatBackbone,
+        RSVHeatForImageClassification,
+        RSVHeatForPreTraining,
+        RSVHeatModel,
+    )
+    from hf_rsheat.models.modeling_vheat import VHeatBackbone, VHeatForImageClassification, VHeatModel
+
+__version__ = "0.1.0.dev0"
+
+_MODULES = {
+    "hub": ["export"],
+    "models.configuration_heat_upernet": ["HeatUperNetConfig"],
+    "models.configuration_rs_vheat": ["RSVHeatConfig"],
+    "models.configuration_vheat": ["VHeatConfig"],
+    "models.frequency_masking": ["frequency_mask", "frequency_target"],
+    "models.heat_pretrained": ["adapt_input_channels"],
+    "models.image_processing_pil_rs_vheat": ["RSVHeatImageProcessorPil"],
+    "models.image_processing_pil_vheat": ["VHeatImageProcessorPil"],
+    "models.image_processing_rs_vheat": ["RSVHeatImageProcessor"],
+    "models.image_processing_vheat": ["VHeatImageProcessor"],
+    "models.modeling_heat_upernet": ["HeatUperNetForSemanticSegmentation"],
+    "models.modeling_rs_vheat": [
+        "RSVHeatBackbone",
+        "RSVHeatForImageClassification",
+        "RSVHeatForPreTraining",
+        "RSVHeatModel",
+    ],
+    "models.modeling_vheat": ["VHeatBackbone", "VHeatForImageClassification", "VHeatModel"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+def _is_console_script() -> bool:
+    """Whether we run as `hf-rsheat`, whose verbs register by themselves: its `--help` need not wait for torch."""
+    return Path(sys.argv[0] if sys.argv else "").stem == "hf-rsheat"
+
+
+if not _is_console_script():
+    from hf_rsheat.auto import register
+
+    register()

@@ -1,0 +1,46 @@
+"""Registers the models with transformers' Auto classes; importing `hf_rsheat` does it."""
+
+from functools import cache
+
+
+@cache
+def register() -> None:
+    """Make AutoConfig, AutoModel*, AutoBackbone and AutoImageProcessor know our model types. Safe to call again."""
+    from transformers import (
+        AutoBackbone,
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+        AutoModelForPreTraining,
+        AutoModelForSemanticSegmentation,
+    )
+
+    from hf_rsheat.models import configuration_heat_upernet as upernet_configuration
+    from hf_rsheat.models import configuration_rs_vheat, configuration_vheat, modeling_rs_vheat, modeling_vheat
+    from hf_rsheat.models import image_processing_pil_rs_vheat as rs_vheat_pil
+    from hf_rsheat.models import image_processing_pil_vheat as vheat_pil
+    from hf_rsheat.models import image_processing_rs_vheat as rs_vheat_torchvision
+    from hf_rsheat.models import image_processing_vheat as vheat_torchvision
+    from hf_rsheat.models import modeling_heat_upernet as upernet
+
+    vheat_config, rs_vheat_config = configuration_vheat.VHeatConfig, configuration_rs_vheat.RSVHeatConfig
+    upernet_config = upernet_configuration.HeatUperNetConfig
+    for config in (vheat_config, rs_vheat_config, upernet_config):
+        AutoConfig.register(config.model_type, config)
+    AutoModel.register(vheat_config, modeling_vheat.VHeatModel)
+    AutoModel.register(rs_vheat_config, modeling_rs_vheat.RSVHeatModel)
+    AutoModelForImageClassification.register(vheat_config, modeling_vheat.VHeatForImageClassification)
+    AutoModelForImageClassification.register(rs_vheat_config, modeling_rs_vheat.RSVHeatForImageClassification)
+    AutoModelForPreTraining.register(rs_vheat_config, modeling_rs_vheat.RSVHeatForPreTraining)
+    AutoModelForSemanticSegmentation.register(upernet_config, upernet.HeatUperNetForSemanticSegmentation)
+    AutoBackbone.register(vheat_config, modeling_vheat.VHeatBackbone)
+    AutoBackbone.register(rs_vheat_config, modeling_rs_vheat.RSVHeatBackbone)
+    processors = {
+        vheat_config: (vheat_torchvision.VHeatImageProcessor, vheat_pil.VHeatImageProcessorPil),
+        rs_vheat_config: (rs_vheat_torchvision.RSVHeatImageProcessor, rs_vheat_pil.RSVHeatImageProcessorPil),
+    }
+    for config_class, (torchvision_class, pil_class) in processors.items():
+        AutoImageProcessor.register(
+            config_class, image_processor_classes={"torchvision": torchvision_class, "pil": pil_class}
+        )

@@ -1,0 +1,28 @@
+"""Typed errors. Each message says what was wrong and what to do next."""
+
+
+class HFRSHeatError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ConfigurationError(HFRSHeatError, ValueError):
+    """A recipe, option or config field is unknown, of the wrong type or out of range."""
+
+
+class DataError(HFRSHeatError, ValueError):
+    """Input data cannot be used (nothing readable, wrong layout, missing labels)."""
+
+
+class CheckpointError(HFRSHeatError, ValueError):
+    """A checkpoint is damaged, incomplete, or its tensors do not fit the model."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A pickle names a global that reading weights never needs; nothing of it was executed."""
+
+
+class MissingExtraError(HFRSHeatError, ImportError):
+    """An optional dependency is not installed; the message names the extra to install."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}: run `pip install 'hf_rsheat[{extra}]'`.")

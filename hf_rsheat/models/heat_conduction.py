@@ -1,0 +1,267 @@
+"""Heat conduction in the frequency domain: plain PyTorch, channels last.
+
+A feature map is read as an initial temperature u(x, y, 0). Its 2-D DCT-II diagonalises the heat equation with
+insulated borders, so conduction for a (learned) time is one multiplication in the frequency domain (vHeat,
+arXiv 2405.16555, eq. 6-8; RS-vHeat, arXiv 2411.17984, adds the heat-capacity correction):
+
+    u_t = IDCT( DCT(u_0) * exp(-k * (w_y**2 + w_x**2)) ),   w = pi * n / N,  n = 0 .. N - 1
+
+k >= 0 is the thermal diffusivity times time, predicted per frequency and channel from a learned frequency embedding.
+It does not depend on the image. DCTs are matrix products: O(N^1.5) for N tokens, and a small share of the work.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+# Values (not bytes) from which on a tensor derived from the weights is computed each time instead of being kept in eval
+# mode. In float32 this is 8 MiB per layer: everything up to 512 px in the published sizes, little of it at 1024 px.
+MAX_CACHED_VALUES = 2**21
+
+
+def is_tracing() -> bool:
+    """True while `torch.compile`, `torch.export` or `torch.jit.trace` records the program."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def cosine_basis(
+    size: int, *, normalized: bool = True, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> torch.Tensor:
+    """The DCT-II matrix A of shape `(size, size)`: `A @ x` are the coefficients, row n has frequency pi * n / size.
+
+    Args:
+        size: Number of samples and of frequencies.
+        normalized: Orthonormal rows (then `A.T` is the inverse); otherwise plain `2 * cos(...)`, as in scipy with
+            `norm=None`.
+        dtype: Of the result; computed in float32, or in float64 if asked for.
+        device: Of the result.
+    """
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    n = torch.arange(size, device=device)
+    # cos(pi * p / (2 * size)) with p = n * (2x + 1): folding the integer p into the first quadrant by periodicity and
+    # symmetry keeps angles exact, so that float32 is enough at any size.
+    phase = (n[:, None] * (2 * n[None, :] + 1)) % (4 * size)
+    phase = torch.minimum(phase, 4 * size - phase)
+    sign = 1 - 2 * (phase > size).to(compute_dtype)
+    phase = torch.minimum(phase, 2 * size - phase)
+    basis = 2 * sign * torch.cos(phase.to(compute_dtype) * (math.pi / (2 * size)))
+    if normalized:
+        scale = torch.sqrt((0.5 - 0.25 * (n == 0).to(compute_dtype)) / size)
+        basis = basis * scale[:, None]
+    return basis.to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _cached_cosine_basis(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # Outside inference mode, so that a later training step may save it for backward.
+    with torch.inference_mode(False):
+        return cosine_basis(size, dtype=dtype, device=device)
+
+
+def _basis(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if is_tracing() or device.type == "meta":
+        return cosine_basis(size, dtype=dtype, device=device)
+    return _cached_cosine_basis(size, dtype, device)
+
+
+def _along_width(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    batch, height, width, channels = x.shape
+    return torch.matmul(matrix, x.reshape(batch * height, width, channels)).reshape(batch, height, width, channels)
+
+
+def _along_height(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    batch, height, width, channels = x.shape
+    return torch.matmul(matrix, x.reshape(batch, height, width * channels)).reshape(batch, height, width, channels)
+
+
+def dct2(x: torch.Tensor) -> torch.Tensor:
+    """Orthonormal 2-D DCT-II over height and width of `(batch, height, width, channels)`."""
+    x = _along_height(_basis(x.shape[1], x.dtype, x.device), x)
+    return _along_width(_basis(x.shape[2], x.dtype, x.device), x)
+
+
+def idct2(coefficients: torch.Tensor) -> torch.Tensor:
+    """Inverse of [`dct2`], same shape."""
+    x = _along_width(_basis(coefficients.shape[2], coefficients.dtype, coefficients.device).T, coefficients)
+    return _along_height(_basis(x.shape[1], x.dtype, x.device).T, x)
+
+
+def squared_frequencies(
+    height: int, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> torch.Tensor:
+    """w_y**2 + w_x**2 in (radians per sample)**2, shape `(height, width)`; w = pi * n / N excludes the end point pi."""
+    rows = torch.arange(height, dtype=dtype, device=device) * (math.pi / height)
+    columns = torch.arange(width, dtype=dtype, device=device) * (math.pi / width)
+    return rows[:, None] ** 2 + columns[None, :] ** 2
+
+
+def decay_map(diffusivity: torch.Tensor) -> torch.Tensor:
+    """exp(-k * w**2), the share of each coefficient left after conduction; in (0, 1], 1 at the mean (0, 0).
+
+    Args:
+        diffusivity: k >= 0, shape `(height, width, channels)`, indexed by frequency.
+    """
+    height, width, _ = diffusivity.shape
+    frequencies = squared_frequencies(height, width, dtype=diffusivity.dtype, device=diffusivity.device)
+    return torch.exp(-diffusivity * frequencies[..., None])
+
+
+def conduct_heat(x: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """Heat conduction of `x` `(batch, height, width, channels)` under a decay map `(height, width, channels)`."""
+    coefficients = dct2(x)
+    return idct2(coefficients * decay.to(coefficients.dtype))
+
+
+class _OptimizerSteps:
+    """Counts optimiser steps in this process: fused optimisers change weights without bumping tensor versions."""
+
+    count = 0
+
+    @classmethod
+    def increment(cls, *_: object) -> None:
+        cls.count += 1
+
+
+register_optimizer_step_post_hook(_OptimizerSteps.increment)
+
+
+class DerivedTensorCache:
+    """Keeps one tensor computed from weights, for as long as these weights are the same.
+
+    "The same" means the same tensor objects and versions (in-place edits bump them) and no optimiser step since.
+    Edits through `.data` are invisible to PyTorch and need `clear()`. Never used while tracing or where gradients have
+    to flow into the weights; never copied or pickled with its module.
+    """
+
+    def __init__(self) -> None:
+        self._entry: tuple[tuple, torch.Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict) -> "DerivedTensorCache":
+        return DerivedTensorCache()
+
+    def __reduce__(self) -> tuple:
+        return (DerivedTensorCache, ())
+
+    def clear(self) -> None:
+        """Forget the tensor."""
+        self._entry = None
+
+    def get(
+        self, sources: tuple[torch.Tensor, ...], key: tuple, compute: Callable[[], torch.Tensor], enabled: bool = True
+    ) -> torch.Tensor:
+        """The cached tensor if it still holds for `sources` and `key`, otherwise `compute()`."""
+        if not enabled or is_tracing():
+            return compute()
+        if any(s.is_inference() or (s.requires_grad and torch.is_grad_enabled()) for s in sources):
+            return compute()
+        state = (key, _OptimizerSteps.count, tuple((s, s._version) for s in sources))
+        if self._entry is not None and _same_state(self._entry[0], state):
+            return self._entry[1]
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor would break a later training step
+            value = compute()
+        if value.numel() < MAX_CACHED_VALUES and type(value) is torch.Tensor:
+            self._entry = (state, value)
+        return value
+
+
+def _same_state(old: tuple, new: tuple) -> bool:
+    return old[:2] == new[:2] and all(a is b and v == w for (a, v), (b, w) in zip(old[2], new[2], strict=True))
+
+
+class CachingModule(nn.Module):
+    """A module with [`DerivedTensorCache`]s: cleared by `train()`, `eval()`, loads, and moves of device or dtype."""
+
+    def caches(self) -> tuple[DerivedTensorCache, ...]:
+        """The caches of this very module (not of its children)."""
+        raise NotImplementedError
+
+    def clear_cache(self) -> None:
+        """Forget derived tensors; needed only after edits through `weight.data`, which PyTorch cannot notice."""
+        for cache in self.caches():
+            cache.clear()
+
+    def train(self, mode: bool = True):
+        self.clear_cache()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self.clear_cache()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.clear_cache()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class HeatConduction(CachingModule):
+    """Heat conduction operator on channels-last features.
+
+    depthwise 3x3 -> linear -> (signal, gate); the signal conducts heat in the DCT domain, is normalised, gated with
+    SiLU and projected back. With `correction` (RS-vHeat) the input is first corrected by the heat capacity:
+    LayerNorm(ReLU(x + heat_capacity)).
+
+    Args:
+        dim: Channels in and out.
+        inner_dim: Channels of signal and gate (`dim` unless slimmed).
+        correction: Whether a heat-capacity table is part of the input.
+    """
+
+    def __init__(self, dim: int, inner_dim: int | None = None, correction: bool = False) -> None:
+        super().__init__()
+        inner_dim = inner_dim or dim
+        self.correction_norm = nn.LayerNorm(dim, eps=1e-5) if correction else None
+        self.depthwise_conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self.in_proj = nn.Linear(dim, 2 * inner_dim)
+        self.to_diffusivity = nn.Linear(dim, inner_dim)
+        self.out_norm = nn.LayerNorm(inner_dim, eps=1e-5)
+        self.out_proj = nn.Linear(inner_dim, dim)
+        self._decay_cache = DerivedTensorCache()
+
+    def caches(self) -> tuple[DerivedTensorCache, ...]:
+        return (self._decay_cache,)
+
+    def diffusivity(self, frequency_embedding: torch.Tensor) -> torch.Tensor:
+        """k = ReLU(linear(embedding)) >= 0, shape `(height, width, inner_dim)`, in at least float32.
+
+        Args:
+            frequency_embedding: `(height, width, dim)`, indexed by frequency.
+        """
+        dtype = torch.promote_types(frequency_embedding.dtype, torch.float32)
+        # exp(-k w^2) spans nine decades: half precision, also autocast's, would lose the slow frequencies.
+        with torch.autocast(device_type=frequency_embedding.device.type, enabled=False):
+            weight, bias = self.to_diffusivity.weight.to(dtype), self.to_diffusivity.bias.to(dtype)
+            return F.relu(F.linear(frequency_embedding.to(dtype), weight, bias))
+
+    def decay(self, frequency_embedding: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Decay map `(height, width, inner_dim)` in `dtype`; cached in eval mode (see [`DerivedTensorCache`])."""
+        return self._decay_cache.get(
+            (frequency_embedding, self.to_diffusivity.weight, self.to_diffusivity.bias),
+            (dtype, frequency_embedding.device),
+            lambda: decay_map(self.diffusivity(frequency_embedding)).to(dtype),
+            enabled=not self.training,
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        frequency_embedding: torch.Tensor,
+        heat_capacity: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `(batch, height, width, dim)`.
+            frequency_embedding: `(height, width, dim)`.
+            heat_capacity: `(height, width, dim)`, exactly when the operator was built with `correction`.
+        """
+        x = hidden_states
+        if self.correction_norm is not None:
+            x = self.correction_norm(F.relu(x + heat_capacity))
+        x = self.depthwise_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        signal, gate = self.in_proj(x).chunk(2, dim=-1)
+        signal = conduct_heat(signal, self.decay(frequency_embedding, signal.dtype))
+        return self.out_proj(self.out_norm(signal) * F.silu(gate))

@@ -1,0 +1,204 @@
+"""Stem, layers and stages that vHeat and RS-vHeat share. Features are `(batch, height, width, channels)` inside."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .heat_conduction import CachingModule, DerivedTensorCache, HeatConduction
+
+
+class PointwiseConv(nn.Linear):
+    """A 1x1 convolution on channels-last features; initialised as a convolution, not as the trunk's linears."""
+
+
+class HeatDropPath(nn.Module):
+    """Stochastic depth per sample (arXiv 1603.09382); kept samples are divided by the keep probability."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden_states
+        keep_prob = 1.0 - self.drop_prob
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        keep = torch.rand(shape, device=hidden_states.device) < keep_prob
+        return hidden_states * (keep.to(hidden_states.dtype) / keep_prob)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}"
+
+
+class HeatStem(nn.Module):
+    """Two stride-2 3x3 convolutions with LayerNorm: image to features at a quarter of its size (rounded up)."""
+
+    def __init__(self, num_channels: int, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(num_channels, dim // 2, kernel_size=3, stride=2, padding=1)
+        self.norm1 = nn.LayerNorm(dim // 2, eps=1e-6)
+        self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch, num_channels, height, width)` to `(batch, ceil(height / 4), ceil(width / 4), dim)`."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.conv1.in_channels:
+            raise ValueError(
+                f"Expected pixel_values of shape (batch, {self.conv1.in_channels}, height, width), got "
+                f"{tuple(pixel_values.shape)}. For another number of channels load the model with "
+                "`from_pretrained(..., num_channels=N)`."
+            )
+        x = pixel_values.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last)
+        x = F.gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class HeatMLP(nn.Module):
+    """linear -> GELU (erf) -> linear on every position."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = PointwiseConv(dim, hidden_dim)
+        self.fc2 = PointwiseConv(hidden_dim, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_states)))
+
+
+class HeatLayer(GradientCheckpointingLayer):
+    """One block: heat conduction and MLP, each residual, with the norm before (`post_norm=False`) or after it."""
+
+    def __init__(self, config, stage: int, drop_path: float) -> None:
+        super().__init__()
+        dim = config.hidden_sizes[stage]
+        self.post_norm = config.post_norm
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.heat = HeatConduction(dim, config.inner_dim(stage), correction=config.has_heat_capacity)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = HeatMLP(dim, config.mlp_hidden_dim(stage))
+        self.drop_path = HeatDropPath(drop_path)
+        self.layer_scale1: nn.Parameter | None = None
+        self.layer_scale2: nn.Parameter | None = None
+        if config.layer_scale_init_value is not None:
+            self.layer_scale1 = nn.Parameter(torch.full((dim,), float(config.layer_scale_init_value)))
+            self.layer_scale2 = nn.Parameter(torch.full((dim,), float(config.layer_scale_init_value)))
+
+    def _residual(self, hidden_states: torch.Tensor, branch: torch.Tensor, scale: nn.Parameter | None) -> torch.Tensor:
+        if scale is not None:
+            branch = branch * scale
+        return hidden_states + self.drop_path(branch)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        frequency_embedding: torch.Tensor,
+        heat_capacity: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`(batch, height, width, dim)` in and out; tables `(height, width, dim)`."""
+        x, tables = hidden_states, (frequency_embedding, heat_capacity)
+        if self.post_norm:
+            x = self._residual(x, self.norm1(self.heat(x, *tables)), self.layer_scale1)
+            return self._residual(x, self.norm2(self.mlp(x)), self.layer_scale2)
+        x = self._residual(x, self.heat(self.norm1(x), *tables), self.layer_scale1)
+        return self._residual(x, self.mlp(self.norm2(x)), self.layer_scale2)
+
+
+class HeatDownsample(nn.Module):
+    """Stride-2 3x3 convolution without bias, then LayerNorm."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size=3, stride=2, padding=1, bias=False)
+        self.norm = nn.LayerNorm(out_dim, eps=1e-5)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, height, width, dim)` to `(batch, ceil(height / 2), ceil(width / 2), out_dim)`."""
+        return self.norm(self.conv(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+def resize_table(table: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
+    """Resize a table indexed by frequency or position, `(rows, columns, dim)`, to `(height, width, dim)`.
+
+    Keeps the relative frequency n / N. `mode` is "bicubic" (vHeat) or "bilinear" (RS-vHeat), corners not aligned, no
+    antialiasing, computed in at least float32.
+    """
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    resized = F.interpolate(table.permute(2, 0, 1)[None].to(dtype), size=(height, width), mode=mode)
+    return resized[0].permute(1, 2, 0).to(table.dtype).contiguous()
+
+
+class HeatStage(CachingModule):
+    """Layers at one resolution with the tables they share, and the downsampling after them (not in the last stage)."""
+
+    def __init__(self, config, stage: int) -> None:
+        super().__init__()
+        dim = config.hidden_sizes[stage]
+        rows, columns = config.table_size(stage)
+        self.table_interpolation = config.table_interpolation
+        self.frequency_embedding = nn.Parameter(torch.zeros(rows, columns, dim))
+        self.heat_capacity = nn.Parameter(torch.zeros(rows, columns, dim)) if config.has_heat_capacity else None
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
+        first = sum(config.depths[:stage])
+        self.layers = nn.ModuleList(HeatLayer(config, stage, rates[first + j]) for j in range(config.depths[stage]))
+        is_last = stage == len(config.depths) - 1
+        self.downsample = None if is_last else HeatDownsample(dim, config.hidden_sizes[stage + 1])
+        self._table_caches = (DerivedTensorCache(), DerivedTensorCache())
+
+    def caches(self) -> tuple[DerivedTensorCache, ...]:
+        return self._table_caches
+
+    def tables(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Frequency embedding and heat capacity at the size of the feature map (resized if they differ)."""
+        first, second = self._table_caches
+        frequency_embedding = self._resized(self.frequency_embedding, first, height, width)
+        if self.heat_capacity is None:
+            return frequency_embedding, None
+        return frequency_embedding, self._resized(self.heat_capacity, second, height, width)
+
+    def _resized(self, table: torch.Tensor, cache: DerivedTensorCache, height: int, width: int) -> torch.Tensor:
+        if table.shape[0] == height and table.shape[1] == width:
+            return table
+        return cache.get(
+            (table,),
+            (height, width, table.device),
+            lambda: resize_table(table, height, width, self.table_interpolation),
+            enabled=not self.training,
+        )
+
+    def diffusivity(self, height: int | None = None, width: int | None = None) -> torch.Tensor:
+        """Thermal diffusivity k >= 0 of every layer, `(layers, height, width, inner_dim)`, indexed by frequency.
+
+        The same for every image. Without a size, at the size of the stored tables.
+        """
+        rows, columns, _ = self.frequency_embedding.shape
+        table, _ = self.tables(height or rows, width or columns)
+        return torch.stack([layer.heat.diffusivity(table) for layer in self.layers])
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the features of this stage and the input of the next, both `(batch, height, width, channels)`."""
+        tables = self.tables(hidden_states.shape[1], hidden_states.shape[2])
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, *tables)
+        return hidden_states, hidden_states if self.downsample is None else self.downsample(hidden_states)
+
+
+class HeatEncoder(nn.Module):
+    """The stages in order."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(HeatStage(config, stage) for stage in range(len(config.depths)))
+
+    def forward(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Features of every stage before its downsampling, `(batch, height, width, channels)` each."""
+        features = []
+        for stage in self.stages:
+            stage_features, hidden_states = stage(hidden_states)
+            features.append(stage_features)
+        return features
+
+
+def to_channels_first(features: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Views of channels-last features as `(batch, channels, height, width)`."""
+    return tuple(feature.permute(0, 3, 1, 2) for feature in features)

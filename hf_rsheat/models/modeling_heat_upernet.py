@@ -1,0 +1,38 @@
+"""UPerNet (arXiv 1807.10221) over a heat backbone: transformers' own heads, loadable without the package."""
+
+from transformers.models.upernet.modeling_upernet import (
+    UperNetFCNHead,
+    UperNetForSemanticSegmentation,
+    UperNetHead,
+    UperNetPreTrainedModel,
+)
+
+from .configuration_heat_upernet import HeatUperNetConfig
+from .modeling_rs_vheat import RSVHeatBackbone
+from .modeling_vheat import VHeatBackbone
+
+BACKBONES = {backbone.config_class.model_type: backbone for backbone in (VHeatBackbone, RSVHeatBackbone)}
+
+
+class HeatUperNetForSemanticSegmentation(UperNetForSemanticSegmentation):
+    """Stock [`UperNetForSemanticSegmentation`] that builds its backbone itself, without transformers' registry.
+
+    An RS-vHeat backbone uses its default modality ("optical", or the only one).
+    """
+
+    config_class = HeatUperNetConfig
+    config: HeatUperNetConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("HeatLayer",)
+
+    def __init__(self, config: HeatUperNetConfig) -> None:
+        # Not the parent's __init__: it looks the backbone up in AutoBackbone, which knows it only with our package.
+        UperNetPreTrainedModel.__init__(self, config)
+        self.backbone = BACKBONES[config.backbone_config.model_type](config.backbone_config)
+        channels = self.backbone.channels
+        self.decode_head = UperNetHead(config, in_channels=channels)
+        self.auxiliary_head = UperNetFCNHead(config, in_channels=channels) if config.use_auxiliary_head else None
+        self.post_init()
+
+
+__all__ = ["HeatUperNetForSemanticSegmentation"]

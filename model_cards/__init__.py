@@ -1,0 +1,1 @@
+"""Model card templates, one per model family; see `hf_rsheat.hub.card`."""

@@ -1,0 +1,24 @@
+"""Shared fixtures. Tests read golden tensors from `tests/golden` and write only below `tmp_path`."""
+
+import os
+from pathlib import Path
+
+# Before any Hugging Face import: no test may reach the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of tensors made by the original code."""
+    return GOLDEN
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
