@@ -1,22 +1,12 @@
-"""Golden checkpoints and the folders they convert into."""
-
-from pathlib import Path
+"""One thread for the whole folder: results of tiny models, and other tests' speed, do not depend on the machine."""
 
 import pytest
 import torch
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 
-
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """The folder of golden files."""
-    return GOLDEN
