@@ -67,7 +67,15 @@ def _configure(
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
+def _register() -> None:
+    """What `import hf_rsheat` does elsewhere; here each verb that works does it, so that `--help` need not."""
+    from hf_rsheat.auto import register
+
+    register()
+
+
 def _convert(family: str, checkpoint: Path, output: Path, weights: Weights, overrides: list[str] | None, **options):
+    _register()
     from importlib import import_module
 
     from hf_rsheat.conversion.common import parse_overrides
@@ -106,6 +114,7 @@ def convert_rs_vheat(
 @app.command()
 def export(folder: Folder, output: Output) -> None:
     """Write a Hub-ready folder (weights, remote code, card) from a checkpoint folder."""
+    _register()
     from hf_rsheat.hub import export_folder
 
     typer.echo(f"Wrote {export_folder(folder, output)}")
@@ -120,6 +129,7 @@ def embed(
     modality: Annotated[str | None, typer.Option(help="Sensor of the images (RS-vHeat).")] = None,
 ) -> None:
     """Write one feature vector per image, with its path, to a Parquet file."""
+    _register()
     from hf_rsheat.evaluation import embed as run
 
     typer.echo(f"Wrote {run(folder, images, output, batch_size=batch_size, modality=modality)}")
@@ -141,6 +151,7 @@ def evaluate(
     modality: Annotated[str | None, typer.Option(help="Sensor of the images (RS-vHeat).")] = None,
 ) -> None:
     """Measure a model on labelled images, with intervals and baselines."""
+    _register()
     from hf_rsheat.evaluation import evaluate as run
     from hf_rsheat.evaluation.evaluate import report
 

@@ -21,6 +21,10 @@ class UnsafeCheckpointError(CheckpointError):
     """A pickle names a global that reading weights never needs; nothing of it was executed."""
 
 
+class TrainingError(HFRSHeatError, RuntimeError):
+    """Training cannot go on (a loss that is not finite); the message says how to continue."""
+
+
 class MissingExtraError(HFRSHeatError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 

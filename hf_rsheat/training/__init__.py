@@ -1,0 +1,1 @@
+"""Training: recipes, data, objectives, checkpoints and the one loop that runs them."""

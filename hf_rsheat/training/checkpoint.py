@@ -1,0 +1,212 @@
+"""Checkpoints: folders of safetensors and JSON that are complete or absent; nothing in them can run code."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError
+from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_DRAFT = ".draft-"
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands. Randomness needs no state: it is a function of the step.
+
+    Args:
+        step: Optimiser steps done.
+        epoch: Passes over the data begun.
+        data_fingerprint: Identifies the sample list, so that a changed image folder is noticed.
+        scaler: Loss-scaling state of fp16 runs.
+    """
+
+    step: int
+    epoch: int
+    data_fingerprint: str
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: TrainerState,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    model_state: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    processor: Any,
+) -> Path:
+    """Write `checkpoint-<step>` under a draft name, flush it to the disk and rename it.
+
+    Args:
+        output_dir: The run folder.
+        state: Where the run stands.
+        recipe: Saved as `recipe.yaml`.
+        model: The bare model; its config is saved beside the weights.
+        model_state: Its weights.
+        optimizer: Optimiser over the parameters of `model`.
+        processor: Image processor.
+
+    Returns:
+        The checkpoint folder.
+    """
+    final = output_dir / f"checkpoint-{state.step}"
+    draft = output_dir / f"{_DRAFT}{final.name}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    model.save_pretrained(draft, state_dict=model_state)
+    processor.save_pretrained(draft)
+    recipe.save(draft / "recipe.yaml")
+    _save_optimizer(draft, model, optimizer)
+    (draft / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+    files = sorted(path for path in draft.rglob("*") if path.is_file())
+    sums = {path.relative_to(draft).as_posix(): _sha256(path) for path in files}
+    (draft / MANIFEST).write_text(json.dumps(sums, indent=2), encoding="utf-8")
+    for path in [*files, draft / MANIFEST, draft]:
+        _fsync(path)
+    if final.exists():  # damaged, or the one this run resumed from
+        shutil.rmtree(final)
+    draft.rename(final)
+    _fsync(output_dir)
+    return final
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """State per parameter *name*: indices would shift when a parameter is added."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
+
+
+def _save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, values in _optimizer_state(model, optimizer).items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}:{key}"] = value.detach().cpu().contiguous()
+            else:
+                scalars[f"{name}:{key}"] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    (folder / "optimizer.json").write_text(json.dumps(scalars), encoding="utf-8")
+
+
+def verify(checkpoint: Path) -> None:
+    """Check every file against the manifest.
+
+    Raises:
+        CheckpointError: Naming the first file that is missing or damaged.
+    """
+    try:
+        sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if _sha256(checkpoint / name) != expected:
+                raise CheckpointError(f"{checkpoint} is damaged: {name} does not match {MANIFEST}.")
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {error}.") from error
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints of a run, oldest first; sound or not."""
+    found = ((_NAME.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*") if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest sound checkpoint; damaged ones are passed over with a warning.
+
+    Raises:
+        CheckpointError: If there are checkpoints and all are damaged.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    for _, checkpoint in reversed(checkpoints):
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            logger.warning("%s Trying the one before.", error)
+            continue
+        return checkpoint
+    if checkpoints:
+        raise CheckpointError(f"All checkpoints in {output_dir} are damaged: start again in another output_dir.")
+    return None
+
+
+def load_state(checkpoint: Path) -> TrainerState:
+    """The `trainer_state.json` of a checkpoint."""
+    try:
+        return TrainerState(**json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"Cannot read the trainer state of {checkpoint}: {error}.") from error
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Copy a checkpoint's weights into a model.
+
+    Copied, not memory-mapped: mapped tensors are not aligned like allocated ones, which changes the last bit of a sum.
+
+    Raises:
+        CheckpointError: If names or shapes do not agree.
+    """
+    try:
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"The weights of {checkpoint} do not fit: {error}") from error
+
+
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimiser over the parameters of `model`.
+
+    Raises:
+        CheckpointError: If it names parameters the model does not have.
+    """
+    values: dict[str, Any] = load_file(checkpoint / "optimizer.safetensors")
+    values |= json.loads((checkpoint / "optimizer.json").read_text(encoding="utf-8"))
+    named = dict(model.named_parameters())
+    indices = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in values.items():
+        name, _, entry = key.rpartition(":")
+        if name not in named or id(named[name]) not in indices:
+            raise CheckpointError(f"{checkpoint} holds optimiser state of '{name}', which is not being trained.")
+        value = value.clone() if isinstance(value, torch.Tensor) else value
+        state.setdefault(indices[id(named[name])], {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def prune_checkpoints(output_dir: Path, keep: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints, and drafts left behind by a killed run."""
+    for draft in output_dir.glob(f"{_DRAFT}*"):
+        shutil.rmtree(draft)
+    if keep is not None:
+        for _, checkpoint in list_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(checkpoint)

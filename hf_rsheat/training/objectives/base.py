@@ -1,0 +1,111 @@
+"""The seam between the training loop and what is learned."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..data import Batch
+from ..image_folder import DecodedSample, Sample
+from ..normalization import mean_image
+from ..randomness import generator
+from ..recipe import Recipe, build
+
+Terms = dict[str, tuple[torch.Tensor, int]]
+
+
+def check_share_range(name: str, value: tuple[float, float]) -> None:
+    """Raise `ValueError` unless 0 < low <= high <= 1."""
+    if not 0 < value[0] <= value[1] <= 1:
+        raise ValueError(f"'{name}' must be low <= high within (0, 1], got {list(value)}")
+
+
+@strict
+@dataclass(kw_only=True)
+class AugmentationOptions:
+    """Options of objectives that look at random crops.
+
+    Args:
+        crop_scale: Range of the share of the image's area that a crop covers.
+    """
+
+    crop_scale: tuple[float | int, float | int] = (0.67, 1.0)
+
+    def validate_crop_scale(self) -> None:
+        check_share_range("crop_scale", self.crop_scale)
+
+
+class Objective(ABC):
+    """What is learned from which data by which model.
+
+    The loop only sees *sums and counts per term*: it divides by counts over all processes and accumulation parts, so
+    that neither changes the gradient, whatever the number of images, pairs or targets in each part.
+
+    Subclasses set `config`, `processor` and `samples` in `__init__`. `prepare` and `collate` run in loader processes.
+
+    Args:
+        recipe: The run's recipe.
+        checkpoint: The checkpoint being resumed, if any.
+    """
+
+    Options: ClassVar[type] = AugmentationOptions
+    """Strict dataclass of `objective_options`."""
+    counts_from_data: ClassVar[bool] = True
+    """Whether `counts` needs the batch only; without it gradients cannot be accumulated."""
+    every_parameter_every_step: ClassVar[bool] = False
+    """Whether each step reaches all parameters; where it does not, several processes must look for those left out."""
+
+    config: PreTrainedConfig
+    processor: Any
+    samples: list[Sample]
+
+    def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
+        self.recipe = recipe
+        self.checkpoint = checkpoint
+        self.options: Any = build(
+            self.Options, recipe.objective_options, f"objective_options key of {recipe.objective}"
+        )
+
+    @abstractmethod
+    def build_model(self) -> PreTrainedModel:
+        """The model to train, in float32."""
+
+    @abstractmethod
+    def channels(self, modality: str) -> int:
+        """Channels of a modality's images."""
+
+    @abstractmethod
+    def prepare(self, sample: DecodedSample, rng: np.random.Generator) -> Batch:
+        """Augment and normalise one sample. All randomness comes from `rng`.
+
+        Raises:
+            DataError: If the sample cannot be used; it is then left out of its batch and listed.
+        """
+
+    @abstractmethod
+    def collate(self, samples: list[Batch]) -> Batch:
+        """A batch of prepared samples, all of one group."""
+
+    def stand_in(self, group: str) -> Batch:
+        """A batch for a process without data, which has to take part in the collective forward and backward."""
+        images = {name: mean_image(self.processor, name, self.recipe.image_size) for name in group.split("+")}
+        return self.collate([self.prepare(DecodedSample(images, label=0), generator("stand-in"))])
+
+    @property
+    @abstractmethod
+    def term_weights(self) -> dict[str, float]:
+        """Every term and its weight in the loss; a term of weight 0 is only logged."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> Terms:
+        """Per term the *sum* over the batch and the number of addends; terms without addends may be left out."""
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """The numbers of addends that `loss` will return, from the batch alone."""
+        raise NotImplementedError(f"{type(self).__name__} sets counts_from_data but has no counts().")

@@ -1,0 +1,136 @@
+"""Fine-tuning of an image classifier from a folder with one sub-folder per class."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ...errors import ConfigurationError
+from ...models.configuration_rs_vheat import RSVHeatConfig
+from ...models.configuration_vheat import VHeatConfig
+from ...models.image_processing_rs_vheat import RSVHeatImageProcessor
+from ...models.image_processing_vheat import VHeatImageProcessor
+from ...models.modeling_rs_vheat import RSVHeatForImageClassification
+from ...models.modeling_vheat import VHeatForImageClassification
+from ..augmentation import Geometry
+from ..data import Batch
+from ..image_folder import DecodedSample, check_modalities, scan_classes
+from ..normalization import normalize, resolve_processor
+from ..recipe import Recipe, did_you_mean
+from ..starting_point import resolve_config, resolve_model, stored_model_type
+from .base import AugmentationOptions, Objective, Terms
+
+_FAMILIES: dict[str, tuple[Any, Any, Any]] = {
+    "rs_vheat": (RSVHeatConfig, RSVHeatForImageClassification, RSVHeatImageProcessor),
+    "vheat": (VHeatConfig, VHeatForImageClassification, VHeatImageProcessor),
+}
+
+
+@strict
+@dataclass(kw_only=True)
+class ClassificationOptions(AugmentationOptions):
+    """Options of the classification objective.
+
+    Args:
+        crop_scale: Range of the share of the image's area that a crop covers.
+        label_smoothing: Share of the target spread evenly over all classes.
+    """
+
+    label_smoothing: float | int = 0.0
+
+    def validate_label_smoothing(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"'label_smoothing' must be in [0, 1), got {self.label_smoothing}")
+
+
+class Classification(Objective):
+    """Cross-entropy on class folders. `model.model_type` chooses `rs_vheat` (default) or `vheat`.
+
+    Started from a pretraining folder, the trunk is loaded and the classifier is new. Terms: `cross_entropy`, and
+    `accuracy`, which is only logged.
+    """
+
+    Options = ClassificationOptions
+
+    def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
+        super().__init__(recipe, checkpoint)
+        self._model_type = self._find_model_type()
+        config_class, self._model_class, processor_class = _FAMILIES[self._model_type]
+        self.config = resolve_config(config_class, recipe, checkpoint)
+        self._channels: dict[str, int] = (
+            dict(self.config.modalities) if self._model_type == "rs_vheat" else {"optical": self.config.num_channels}
+        )
+        check_modalities(self._channels)
+        self.samples, classes = scan_classes(Path(recipe.image_folder), self._find_modality())
+        self._name_classes(classes)
+        self.processor = resolve_processor(processor_class, recipe, checkpoint, self._channels)
+
+    def _find_model_type(self) -> str:
+        wanted = self.recipe.model_fields.get("model_type")
+        start = self.checkpoint or self.recipe.pretrained
+        found = stored_model_type(start) if start else wanted or "rs_vheat"
+        if found not in _FAMILIES:
+            raise ConfigurationError(f"Unknown model_type '{found}': {did_you_mean(str(found), _FAMILIES)}")
+        if wanted not in (None, found):
+            raise ConfigurationError(f"'{start}' holds a '{found}' model, not '{wanted}': remove model.model_type.")
+        return str(found)
+
+    def _find_modality(self) -> str:
+        modality = str(self.recipe.modality or getattr(self.config, "default_modality", "optical"))
+        if modality not in self._channels:
+            raise ConfigurationError(f"Unknown modality '{modality}': {did_you_mean(modality, self._channels)}")
+        return modality
+
+    def _name_classes(self, classes: list[str]) -> None:
+        names = dict(enumerate(classes))
+        if self.checkpoint is not None and dict(self.config.id2label or {}) != names:
+            raise ConfigurationError(
+                f"The checkpoint was trained on other classes than '{self.recipe.image_folder}' has: "
+                "start a new run from it with model=FOLDER instead of resuming."
+            )
+        self.config.id2label = names
+        self.config.label2id = {name: index for index, name in names.items()}
+
+    def build_model(self) -> PreTrainedModel:
+        return resolve_model(self._model_class, self.config, self.recipe, self.checkpoint)
+
+    def channels(self, modality: str) -> int:
+        return self._channels[modality]
+
+    def prepare(self, sample: DecodedSample, rng: np.random.Generator) -> Batch:
+        ((modality, image),) = sample.images.items()
+        view = Geometry.draw(rng, self.options.crop_scale).apply(image, self.recipe.image_size)
+        return {"pixel_values": normalize(self.processor, view, modality), "label": sample.label, "modality": modality}
+
+    def collate(self, samples: list[Batch]) -> Batch:
+        return {
+            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+            "labels": torch.tensor([sample["label"] for sample in samples]),
+            "modality": samples[0]["modality"],
+        }
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        return {"cross_entropy": 1.0, "accuracy": 0.0}
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        images = len(batch["labels"])
+        return {"cross_entropy": images, "accuracy": images}
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> Terms:
+        labels = batch["labels"]
+        sensor = {"modality": batch["modality"]} if self._model_type == "rs_vheat" else {}
+        logits = model(pixel_values=batch["pixel_values"], **sensor).logits
+        entropy = functional.cross_entropy(
+            logits.float(), labels, reduction="sum", label_smoothing=float(self.options.label_smoothing)
+        )
+        return {
+            "cross_entropy": (entropy, len(labels)),
+            "accuracy": ((logits.argmax(-1) == labels).sum(), len(labels)),
+        }

@@ -1,0 +1,238 @@
+"""The recipe: one validated dataclass that says everything about a training run."""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
+from ..errors import ConfigurationError
+
+T = TypeVar("T")
+
+# Smallest allowed value per numeric field; None fields are skipped.
+_AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "image_size": 32,
+    "batch_size": 1,
+    "max_steps": 1,
+    "save_steps": 1,
+    "keep_checkpoints": 1,
+    "warmup_steps": 0,
+    "learning_rate": 0,
+    "min_learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "gradient_accumulation_steps": 1,
+    "num_workers": 0,
+    "logging_steps": 1,
+}
+
+
+@strict
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything a run needs to know; saved as `recipe.yaml` beside the log and in each checkpoint.
+
+    Args:
+        objective: What to learn: `rs_vheat` (pretraining) or `classification` (fine-tuning).
+        image_folder: Folder of images, scanned recursively. Sub-folders named like a modality (`optical`, `sar`) give
+            the modality; equal relative stems in two of them are a pair. For `classification` the first folder level
+            gives the class.
+        output_dir: Run folder: `recipe.yaml`, `log.jsonl`, `skipped.jsonl`, `checkpoint-<step>`, and `hub` at the end.
+        seed: Everything random follows from it.
+        image_size: Side of the square training images in pixels.
+        model: Config fields as a dict, or a folder to start from; `{"pretrained": folder, field: value}` does both.
+        objective_options: Settings of the objective itself, e.g. `crop_scale`.
+        modality: Modality of images whose path does not say; None means the first one of the model.
+        preprocessing: Options of the image processor per modality, e.g. `{"sar": {"image_mean": [0.3], "image_std":
+            [0.2], "rescale_factor": 0.0001}}`. Images of more than 8 bit need a `rescale_factor` that leads to 0-1.
+        batch_size: Images (pairs count once) per optimiser step over *all* processes and accumulation steps.
+        max_steps: Optimiser steps.
+        save_steps: Steps between checkpoints; the last step is always saved.
+        keep_checkpoints: How many of the newest checkpoints stay; None keeps all.
+        warmup_steps: Steps of linear warm-up before the cosine.
+        learning_rate: Peak learning rate for this batch size (nothing is scaled behind your back).
+        min_learning_rate: Where the cosine ends.
+        weight_decay: AdamW's; not applied to biases and other 1-D parameters.
+        max_grad_norm: Clips the gradient's L2 norm; 0 switches it off.
+        gradient_accumulation_steps: Parts each process cuts its share of a batch into; results do not depend on it.
+        num_workers: Loader processes per training process; results do not depend on it.
+        mixed_precision: `no`, `bf16` or `fp16`.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        logging_steps: Steps between writes of the log (which holds every step), progress bar and trackers.
+        hub_model_id: Repository name written into the exported card.
+    """
+
+    objective: str
+    image_folder: str
+    output_dir: str
+    seed: int = 0
+    image_size: int = 224
+    model: dict[str, Any] | str = field(default_factory=dict)
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    modality: str | None = None
+    preprocessing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    batch_size: int = 64
+    max_steps: int = 1000
+    save_steps: int = 500
+    keep_checkpoints: int | None = 3
+    warmup_steps: int = 0
+    learning_rate: float | int = 2e-4
+    min_learning_rate: float | int = 0.0
+    weight_decay: float | int = 0.08
+    max_grad_norm: float | int = 5.0
+    gradient_accumulation_steps: int = 1
+    num_workers: int = 2
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    logging_steps: int = 1
+    hub_model_id: str | None = None
+
+    def validate_ranges(self) -> None:
+        for name, lowest in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= lowest):
+                raise ValueError(f"'{name}' must be at least {lowest:g}, got {value}")
+
+    def validate_schedule(self) -> None:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError("'min_learning_rate' must not exceed 'learning_rate'")
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(f"'warmup_steps' ({self.warmup_steps}) must be below 'max_steps' ({self.max_steps})")
+
+    @property
+    def pretrained(self) -> str | None:
+        """Folder to start from, if any."""
+        return self.model if isinstance(self.model, str) else self.model.get("pretrained")
+
+    @property
+    def model_fields(self) -> dict[str, Any]:
+        """Config fields the user set, without the folder to start from."""
+        return {} if isinstance(self.model, str) else {k: v for k, v in self.model.items() if k != "pretrained"}
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text; `parse_yaml` reads it back, with lists for tuples."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as a YAML file."""
+        path.write_text(self.to_yaml(), encoding="utf-8")
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `no` and `off` are words (`mixed_precision: no`) and `1e-4` is a number; repeats are errors."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ConfigurationError(f"The recipe sets {', '.join(repeated)} more than once: keep one line of each.")
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML text as plain Python values; raises `ConfigurationError` where it cannot be read."""
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"Not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Sentence that names the closest known name, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known names are {', '.join(known)}."
+
+
+def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
+    """A strict dataclass from a mapping.
+
+    Lists become tuples where the field's default is one, since YAML has no tuples.
+
+    Raises:
+        ConfigurationError: For an unknown key (naming the nearest valid one), a missing key, a wrong type or range.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise ConfigurationError(f"Unknown {what} '{name}': {did_you_mean(str(name), fields)}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigurationError(f"The {what} {', '.join(missing)} must be set.")
+    typed = {
+        name: tuple(value) if isinstance(fields[name].default, tuple) and isinstance(value, list) else value
+        for name, value in values.items()
+    }
+    try:
+        return cls(**typed)
+    except StrictDataclassError as error:
+        raise ConfigurationError(f"Invalid {what}: {error.__cause__ or error}.") from error
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with `key=value` pairs applied; values are YAML, dotted keys reach into dicts (`model.depths=[1,1]`)."""
+    result = dict(values)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigurationError(f"'{override}' is not an override: write key=value, e.g. batch_size=32.")
+        *parents, last = key.split(".")
+        target = result
+        for parent in parents:
+            child = target.get(parent, {})
+            if isinstance(child, str) and parent == "model":
+                child = {"pretrained": child}
+            if not isinstance(child, dict):
+                raise ConfigurationError(f"'{key}' cannot be set: '{parent}' is {child!r}, not a dictionary.")
+            target[parent] = dict(child)
+            target = target[parent]
+        target[last] = parse_yaml(text)
+    return result
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `key=value` overrides.
+
+    Args:
+        path: The YAML file; None starts from nothing but the overrides.
+        overrides: `key=value` strings, values in YAML.
+
+    Raises:
+        ConfigurationError: If the file cannot be read or a key or value is not valid.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = parse_yaml(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"Cannot read the recipe {path}: {error}.") from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"The recipe {path} must be a list of 'key: value' lines.")
+    return build(Recipe, apply_overrides(values, overrides), "recipe key")
