@@ -1,10 +1,8 @@
 """What the converters of vHeat and RS-vHeat share: their networks differ by a table, a norm and the stems only."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +83,8 @@ def convert(
     """Convert a checkpoint into a Hub-ready folder with a provenance.json; see the converters of the families."""
     model, result = load(family, checkpoint, weights=weights, overrides=overrides, image_size=image_size, resize=resize)
     context = {"source": f"{family.name} checkpoint `{result.source_name}` (SHA-256 {result.source_sha256})"}
-    folder = export(model, family.processor(model), output_dir, card_context=context)
-    provenance = {"converter": f"hf_rsheat {version('hf_rsheat')}, {family.name}", **result.provenance()}
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-    return folder
+    provenance = {"converter": family.name, **result.provenance()}
+    return export(model, family.processor(model), output_dir, card_context=context, provenance=provenance)
 
 
 def load(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_rsheat.hub import export
+    from hf_rsheat.hub.export import export
+    from hf_rsheat.hub.verify import from_pretrained_verified, verify
     from hf_rsheat.models.configuration_heat_upernet import HeatUperNetConfig
     from hf_rsheat.models.configuration_rs_vheat import RSVHeatConfig
     from hf_rsheat.models.configuration_vheat import VHeatConfig
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
-    "hub": ["export"],
+    "hub": ["export", "from_pretrained_verified", "verify"],
     "models.configuration_heat_upernet": ["HeatUperNetConfig"],
     "models.configuration_rs_vheat": ["RSVHeatConfig"],
     "models.configuration_vheat": ["VHeatConfig"],

@@ -121,6 +121,24 @@ def export(folder: Folder, output: Output) -> None:
 
 
 @app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(help="A folder, or a Hub repository user/name[@revision].")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Check hashes, tensors, code, outputs and card of a folder.
+
+    Exit status 0 if all hold, 1 if one fails, 3 if it is a plain save_pretrained folder.
+    """
+    _register()
+    from hf_rsheat.hub import verify as run
+
+    report = run(folder)
+    typer.echo(report.to_json() if as_json else str(report))
+    if not report.ok:
+        raise typer.Exit(3 if report.is_plain else 1)
+
+
+@app.command()
 def embed(
     folder: Folder,
     images: Annotated[Path, typer.Argument(help="Folder of images, searched recursively.")],

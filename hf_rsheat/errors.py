@@ -21,6 +21,10 @@ class UnsafeCheckpointError(CheckpointError):
     """A pickle names a global that reading weights never needs; nothing of it was executed."""
 
 
+class VerificationError(HFRSHeatError, ValueError):
+    """A model folder is not what it says it is; nothing of it was loaded."""
+
+
 class TrainingError(HFRSHeatError, RuntimeError):
     """Training cannot go on (a loss that is not finite); the message says how to continue."""
 

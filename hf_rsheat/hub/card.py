@@ -7,6 +7,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from hf_rsheat.hub.records import processor_statistics
+
 TASKS = {
     "ForImageClassification": "image-classification",
     "ForSemanticSegmentation": "image-segmentation",
@@ -25,6 +27,7 @@ def write_card(model: PreTrainedModel, processor: BaseImageProcessor, folder: Pa
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
+        preprocessing=processor_statistics(processor),
         tags=["remote-sensing", "earth-observation", "heat-conduction", model.config.model_type],
     )
     template = resources.files("hf_rsheat.model_cards") / f"{model.config.model_type}.md"

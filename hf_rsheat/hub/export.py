@@ -12,6 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from hf_rsheat import models
 from hf_rsheat.errors import ConfigurationError
 from hf_rsheat.hub.card import write_card
+from hf_rsheat.hub.records import MANIFEST, write_manifest, write_provenance, write_reference
 
 # The full map: AutoModel has to work on a classifier's folder too, which save_pretrained alone would not write.
 AUTO_CLASSES = {
@@ -53,6 +54,8 @@ def export(
     folder: str | Path,
     *,
     card_context: dict | None = None,
+    provenance: dict | None = None,
+    max_shard_size: str = "50GB",
 ) -> Path:
     """Write a Hub-ready folder.
 
@@ -61,10 +64,13 @@ def export(
         processor: The image processor that belongs to it.
         folder: Created if need be; files of an earlier export are overwritten.
         card_context: Facts for the model card: `dataset`, `recipe` (dict), `source`, `model_name`, `repo_id`.
+        provenance: Facts for `provenance.json`, e.g. a converter's account of every tensor.
+        max_shard_size: Split larger weights into several files.
 
     Returns:
         The folder, holding `config.json` with the full `auto_map`, `model.safetensors`, `preprocessor_config.json`,
-        the Python files the model needs, and `README.md`.
+        the Python files the model needs, `README.md`, and what `hf_rsheat.hub.verify` checks: `provenance.json`,
+        `reference.safetensors` and `manifest.json`.
 
     Raises:
         ConfigurationError: If the model or the processor is not one of ours, or the folder is a file.
@@ -84,14 +90,34 @@ def export(
     if folder.is_file():
         raise ConfigurationError(f"{folder} is a file; give a folder to export to.")
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    _remove_previous(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
     _update_json(folder / "config.json", {"auto_map": auto_map})
     _update_json(folder / "preprocessor_config.json", {"auto_map": {"AutoImageProcessor": backends}})
     for source in _needed_files({*auto_map.values(), *backends.values()}):
         shutil.copyfile(source, folder / source.name)
     write_card(model, processor, folder, card_context or {})
+    write_provenance(folder, provenance)
+    write_reference(model, folder)
+    write_manifest(folder)
     return folder
+
+
+def model_class_of(folder: str | Path) -> type[PreTrainedModel]:
+    """Our class that a folder's config names.
+
+    Raises:
+        ConfigurationError: If the folder holds no model of ours.
+    """
+    config = _read_json(Path(folder) / "config.json")
+    architecture = (config.get("architectures") or [None])[0]
+    paths = AUTO_CLASSES.get(config.get("model_type", ""), {}).values()
+    path = next((path for path in paths if path.split(".")[1] == architecture), None)
+    if path is None:
+        name = architecture or config.get("model_type")
+        raise ConfigurationError(f"{folder} holds a {name!r}, which is not one of this package's models.")
+    return our_class(path)
 
 
 def load_folder(folder: str | Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -100,25 +126,19 @@ def load_folder(folder: str | Path) -> tuple[PreTrainedModel, BaseImageProcessor
     Only our own classes are used, never code from the folder.
 
     Raises:
-        ConfigurationError: If the folder holds no model of ours.
+        ConfigurationError: If the folder holds no model or no image processor of ours.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
-    architecture = (config.get("architectures") or [None])[0]
-    paths = AUTO_CLASSES.get(config.get("model_type", ""), {}).values()
-    model_path = next((path for path in paths if path.split(".")[1] == architecture), None)
-    if model_path is None:
-        raise ConfigurationError(
-            f"{folder} holds a {architecture or config.get('model_type')!r}, which is not one of this package's models."
-        )
+    model_class = model_class_of(folder)
     processor_type = _read_json(folder / "preprocessor_config.json").get("image_processor_type", "")
     backends = PROCESSOR_CLASSES.get(processor_type.removesuffix("Pil"))
     if backends is None:
         raise ConfigurationError(f"{folder} holds a {processor_type!r}, which is not one of this package's processors.")
-    return _our_class(model_path).from_pretrained(folder), _our_class(backends["torchvision"]).from_pretrained(folder)
+    return model_class.from_pretrained(folder), our_class(backends["torchvision"]).from_pretrained(folder)
 
 
-def _our_class(path: str):
+def our_class(path: str):
+    """The class behind `module.Class` in `hf_rsheat.models`."""
     module, name = path.split(".")
     return getattr(importlib.import_module(f"hf_rsheat.models.{module}"), name)
 
@@ -126,13 +146,24 @@ def _our_class(path: str):
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise ConfigurationError(f"{path.parent} holds no {path.name}; give a folder written by training or by export.")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def export_folder(source: str | Path, folder: str | Path) -> Path:
     """Export a checkpoint folder (as training or `save_pretrained` writes it) to a Hub-ready one."""
     model, processor = load_folder(source)
     return export(model, processor, folder)
+
+
+def _remove_previous(folder: Path) -> None:
+    """Remove what an earlier export wrote and this one may not: other shards, other code."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return
+    for name in json.loads(manifest.read_text(encoding="utf-8")).get("files", {}):
+        if Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)
+    manifest.unlink()
 
 
 def _needed_files(class_paths: set[str]) -> list[Path]:
