@@ -82,9 +82,8 @@ def convert(
 ) -> Path:
     """Convert a checkpoint into a Hub-ready folder with a provenance.json; see the converters of the families."""
     model, result = load(family, checkpoint, weights=weights, overrides=overrides, image_size=image_size, resize=resize)
-    context = {"source": f"{family.name} checkpoint `{result.source_name}` (SHA-256 {result.source_sha256})"}
     provenance = {"converter": family.name, **result.provenance()}
-    return export(model, family.processor(model), output_dir, card_context=context, provenance=provenance)
+    return export(model, family.processor(model), output_dir, provenance=provenance)
 
 
 def load(

@@ -121,6 +121,27 @@ def export(folder: Folder, output: Output) -> None:
 
 
 @app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="Results of `hf-rsheat evaluate` on these weights, to show in the card.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="An image to draw a pretraining model's picture of.")] = None,
+) -> None:
+    """Render the model card of a folder, with evaluation results and a picture."""
+    _register()
+    from hf_rsheat.hub.card import add_evaluation, add_picture
+    from hf_rsheat.hub.export import finish
+
+    for result in evaluation or []:
+        add_evaluation(folder, result)
+    if picture is not None:
+        add_picture(folder, picture)
+    finish(folder)
+    typer.echo(f"Wrote {folder / 'README.md'}")
+
+
+@app.command()
 def verify(
     folder: Annotated[str, typer.Argument(help="A folder, or a Hub repository user/name[@revision].")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,

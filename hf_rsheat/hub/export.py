@@ -63,8 +63,8 @@ def export(
         model: One of this package's models.
         processor: The image processor that belongs to it.
         folder: Created if need be; files of an earlier export are overwritten.
-        card_context: Facts for the model card: `dataset`, `recipe` (dict), `source`, `model_name`, `repo_id`.
-        provenance: Facts for `provenance.json`, e.g. a converter's account of every tensor.
+        card_context: Facts for the card: `dataset`, `recipe` (dict), `license` of the weights, `model_name`, `repo_id`.
+        provenance: Further facts for `provenance.json`, e.g. a converter's account of every tensor.
         max_shard_size: Split larger weights into several files.
 
     Returns:
@@ -97,11 +97,16 @@ def export(
     _update_json(folder / "preprocessor_config.json", {"auto_map": {"AutoImageProcessor": backends}})
     for source in _needed_files({*auto_map.values(), *backends.values()}):
         shutil.copyfile(source, folder / source.name)
-    write_card(model, processor, folder, card_context or {})
-    write_provenance(folder, provenance)
+    write_provenance(folder, {**(card_context or {}), **(provenance or {})})
     write_reference(model, folder)
-    write_manifest(folder)
+    finish(folder)
     return folder
+
+
+def finish(folder: Path) -> None:
+    """Write the card and the manifest anew, after anything in an exported folder was added or changed on purpose."""
+    write_card(folder)
+    write_manifest(folder)
 
 
 def model_class_of(folder: str | Path) -> type[PreTrainedModel]:

@@ -29,6 +29,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_digest(folder: str | Path) -> str | None:
+    """SHA-256 of the weight file of a model folder (of the shards' digests where there are several); None if none."""
+    digests = [sha256(file) for file in sorted(Path(folder).glob("model*.safetensors"))]
+    if len(digests) < 2:
+        return digests[0] if digests else None
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def visible_files(folder: Path) -> set[str]:
     """Paths below the folder, without `.cache` and the like, which are the download client's and not the model's."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -112,14 +120,6 @@ def read_reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
             else:
                 outputs[name] = file.get_tensor(name)
     return inputs, outputs, tolerance
-
-
-def processor_statistics(processor: Any) -> dict[str, Any]:
-    """What a card says of the preprocessing, and `verify` compares: plain numbers from the processor."""
-    per_modality = getattr(processor, "modalities", None)
-    if per_modality:
-        return {name: dict(options) for name, options in sorted(per_modality.items())}
-    return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
 
 
 def write_manifest(folder: Path) -> None:

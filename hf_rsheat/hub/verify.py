@@ -14,13 +14,13 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from hf_rsheat.errors import HFRSHeatError, VerificationError
+from hf_rsheat.hub.card import processor_statistics
 from hf_rsheat.hub.export import AUTO_CLASSES, MODELS_FOLDER, load_folder, model_class_of
 from hf_rsheat.hub.records import (
     MANIFEST,
     PROVENANCE,
     REFERENCE,
     UNHASHED,
-    processor_statistics,
     read_reference,
     reference_outputs,
     sha256,
@@ -277,7 +277,7 @@ def _check_processor(folder: Path) -> str:
     stated = ModelCard.load(folder / "README.md").data.to_dict().get("preprocessing")
     if stated is None:
         raise _Absent("the card states no preprocessing")
-    actual = json.loads(json.dumps(processor_statistics(load_folder(folder)[1])))
+    actual = processor_statistics(json.loads(load_folder(folder)[1].to_json_string()))
     if stated != actual:
         raise VerificationError(f"the card states {stated}, the processor does {actual}")
     return "statistics are those of the card"
