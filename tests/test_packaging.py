@@ -10,7 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
-
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 OURS_AND_TRANSFORMERS = {"hf_rsheat", "transformers", "tokenizers", "__editable___hf_rsheat_finder"}
@@ -57,6 +57,19 @@ def test_the_wheel_converts_a_checkpoint_outside_the_checkout(installed, golden,
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "model/model.safetensors").is_file()
     assert (tmp_path / "model/README.md").read_text().startswith("---\n")
+
+
+def test_every_verb_knows_our_models_without_importing_the_package_first(installed, golden, tmp_path):
+    """The console script registers inside its verbs; forgetting it in one asks to trust remote code instead."""
+    shutil.copy(golden / "vheat/postnorm_ls.pth", tmp_path / "upstream.pth")
+    assert run(installed / "hf-rsheat", "convert", "vheat", "upstream.pth", "model", cwd=tmp_path).returncode == 0
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((70, 64), 60).convert("RGB").save(tmp_path / "images/a.png")
+    for arguments in (("verify", "model"), ("embed", "model", "images", "out.parquet"), ("export", "model", "again")):
+        result = run(installed / "hf-rsheat", *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out.parquet").is_file()
+    assert (tmp_path / "again/config.json").is_file()
 
 
 def test_the_wheel_holds_the_mapped_packages_and_no_tests(installed, tmp_path):
