@@ -7,11 +7,9 @@ The repository's licence file says MIT, its readme Apache-2.0, and parts derive 
 stated for the weights. Convert files you may use, and do not redistribute the result without asking.
 """
 
-import json
 import re
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -133,14 +131,10 @@ def convert(
         ConfigurationError: An override or option is unknown, or the number of heads must be given.
     """
     model, result = load(checkpoint, weights=weights, overrides=overrides, image_size=image_size, to=to)
-    source = f"SelectiveMAE checkpoint `{result.source_name}` (SHA-256 {result.source_sha256})"
+    provenance = {"converter": f"SelectiveMAE to {to}", **result.provenance()}
     if to == "selective_mae":
-        folder = export(model, _processor(model.config), output_dir, card_context={"source": source})
-    else:
-        folder = export_stock(model, output_dir, source=source)
-    provenance = {"converter": f"hf_rsheat {version('hf_rsheat')}, SelectiveMAE to {to}", **result.provenance()}
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-    return folder
+        return export(model, _processor(model.config), output_dir, provenance=provenance)
+    return export_stock(model, output_dir, provenance)
 
 
 def load(
@@ -155,12 +149,30 @@ def load(
     if to not in TARGETS:
         raise ConfigurationError(f"`to` is one of {', '.join(TARGETS)}, got {to!r}.")
     source = open_checkpoint(checkpoint, weights, DEAD)
+    arguments = saved_arguments(checkpoint)
+    model, result = assemble(source, arguments, overrides=overrides, image_size=image_size, to=to)
+    for note in result.notes:
+        logger.warning("%s: %s", source.source_name, note)
+    for name, reason in result.dropped.items():
+        logger.info("%s: left out %s (%s).", source.source_name, name, reason)
+    return model.eval(), result
+
+
+def assemble(
+    source: Source,
+    arguments: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None,
+    image_size: int | tuple[int, int] | None,
+    to: str,
+) -> tuple[PreTrainedModel, ConversionResult]:
+    """As `load`, from a checkpoint that is already open and the training arguments saved in it."""
     result = ConversionResult({}, {}, source.dropped, source.weights, source.source_name, source.source_sha256)
     kind = kind_of(source)
     target = TARGETS[to].get(kind)
     if target is None:
         raise CheckpointError(f"{source.source_name} is a {kind}, which {to!r} cannot hold: convert to selective_mae.")
-    fields = infer_fields(source, kind, saved_arguments(checkpoint), overrides or {}, result.notes)
+    fields = infer_fields(source, kind, target.decoder is not None, arguments, overrides or {}, result.notes)
     config = build_config(target.config_class, _known(fields, target.config_class), overrides)
     if image_size is not None and image_size != config.image_size:
         resized = build_config(
@@ -176,11 +188,7 @@ def load(
     unmapped = rename(source, names, result)
     model = target.model_class(config, **(target.options or {}))
     load_strictly(model, result, unmapped, missing_names(names, model.state_dict()))
-    for note in result.notes:
-        logger.warning("%s: %s", source.source_name, note)
-    for name, reason in result.dropped.items():
-        logger.info("%s: left out %s (%s).", source.source_name, name, reason)
-    return model.eval(), result
+    return model, result
 
 
 def kind_of(source: Source) -> str:
@@ -214,7 +222,12 @@ def saved_arguments(path: str | Path) -> dict[str, Any]:
 
 
 def infer_fields(
-    source: Source, kind: str, arguments: Mapping[str, Any], overrides: Mapping[str, Any], notes: list[str]
+    source: Source,
+    kind: str,
+    with_decoder: bool,
+    arguments: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    notes: list[str],
 ) -> dict[str, Any]:
     """Configuration fields from shapes, names and saved arguments; notes what had to be assumed."""
     tensors = source.tensors
@@ -231,7 +244,7 @@ def infer_fields(
         "layer_norm_eps": 1e-6,
         "use_mean_pooling": kind == "mean-pool classifier",
     }
-    if kind in ("pretraining", "mae") and "decoder_pos_embed" in tensors:
+    if with_decoder and "decoder_pos_embed" in tensors:
         decoder_width = tensors["decoder_pos_embed"].shape[-1]
         fields |= {
             "decoder_hidden_size": decoder_width,
@@ -312,7 +325,7 @@ def _adapt(source: Source, target: Target, kind: str, to: str, result: Conversio
             result.dropped[source.names[name]] = f"decoder of a {kind} file, which {target.model_class.__name__} lacks"
     elif to == "selective_mae":
         source.tensors["decoder_pos_embed"] = source.tensors["decoder_pos_embed"][:, 1:]
-        result.notes.append("The decoder's position of the class token is left out: it is never used.")
+        result.dropped[f"{source.names['decoder_pos_embed']}[:, 0]"] = "position of the class token, never used"
     positions = source.tensors["pos_embed"]
     if kind == "pretraining" and to != "selective_mae" and positions[:, 0].any():
         # In its pretraining the original adds no position to the class token; the stock models always do.

@@ -44,3 +44,41 @@ def register() -> None:
         AutoImageProcessor.register(
             config_class, image_processor_classes={"torchvision": torchvision_class, "pil": pil_class}
         )
+    _register_selective_mae()
+    _register_rs4d()
+
+
+def _register_selective_mae() -> None:
+    import transformers
+
+    from hf_rsheat.models import image_processing_pil_selective_mae as pil
+    from hf_rsheat.models import image_processing_selective_mae as torchvision
+    from hf_rsheat.models import modeling_selective_mae as modeling
+
+    config = modeling.SelectiveMAEConfig
+    transformers.AutoConfig.register(config.model_type, config)
+    transformers.AutoModel.register(config, modeling.SelectiveMAEModel)
+    transformers.AutoModelForImageClassification.register(config, modeling.SelectiveMAEForImageClassification)
+    transformers.AutoModelForPreTraining.register(config, modeling.SelectiveMAEForPreTraining)
+    transformers.AutoBackbone.register(config, modeling.SelectiveMAEBackbone)
+    backends: dict[str, type] = {
+        "torchvision": torchvision.SelectiveMAEImageProcessor,
+        "pil": pil.SelectiveMAEImageProcessorPil,
+    }
+    transformers.AutoImageProcessor.register(config, image_processor_classes=backends)
+
+
+def _register_rs4d() -> None:
+    import transformers
+
+    from hf_rsheat.models import image_processing_pil_rs4d as pil
+    from hf_rsheat.models import image_processing_rs4d as torchvision
+    from hf_rsheat.models import modeling_rs4d as modeling
+
+    config = modeling.RS4DConfig
+    transformers.AutoConfig.register(config.model_type, config)
+    transformers.AutoModel.register(config, modeling.RS4DModel)
+    transformers.AutoModelForImageClassification.register(config, modeling.RS4DForImageClassification)
+    transformers.AutoBackbone.register(config, modeling.RS4DBackbone)
+    backends: dict[str, type] = {"torchvision": torchvision.RS4DImageProcessor, "pil": pil.RS4DImageProcessorPil}
+    transformers.AutoImageProcessor.register(config, image_processor_classes=backends)

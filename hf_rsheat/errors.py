@@ -25,6 +25,10 @@ class VerificationError(HFRSHeatError, ValueError):
     """A model folder is not what it says it is; nothing of it was loaded."""
 
 
+class TransferError(HFRSHeatError, OSError):
+    """A download or an upload failed; what arrived is kept, and the message says how to continue."""
+
+
 class TrainingError(HFRSHeatError, RuntimeError):
     """Training cannot go on (a loss that is not finite); the message says how to continue."""
 

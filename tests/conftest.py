@@ -6,6 +6,7 @@ from pathlib import Path
 # Before any Hugging Face import: no test may reach the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the local Hub of the tests speaks Git LFS
 
 import pytest
 import torch

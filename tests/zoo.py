@@ -10,12 +10,23 @@ from transformers import PreTrainedModel
 from hf_rsheat import (
     HeatUperNetConfig,
     HeatUperNetForSemanticSegmentation,
+    RS4DBackbone,
+    RS4DConfig,
+    RS4DForImageClassification,
+    RS4DImageProcessor,
+    RS4DModel,
     RSVHeatBackbone,
     RSVHeatConfig,
     RSVHeatForImageClassification,
     RSVHeatForPreTraining,
     RSVHeatImageProcessor,
     RSVHeatModel,
+    SelectiveMAEBackbone,
+    SelectiveMAEConfig,
+    SelectiveMAEForImageClassification,
+    SelectiveMAEForPreTraining,
+    SelectiveMAEImageProcessor,
+    SelectiveMAEModel,
     VHeatBackbone,
     VHeatConfig,
     VHeatForImageClassification,
@@ -35,17 +46,29 @@ def rs_vheat_config(**fields) -> RSVHeatConfig:
     return RSVHeatConfig(**{**TINY, "drop_path_rate": 0.0, "layer_scale_init_value": 0.5, **fields})
 
 
+def rs4d_config(**fields) -> RS4DConfig:
+    tiny = {"hidden_size": 16, "inner_size": 20, "num_hidden_layers": 2, "state_size": 4, "image_size": 64}
+    return RS4DConfig(**{**tiny, "num_labels": 3, **fields})
+
+
+def selective_mae_config(**fields) -> SelectiveMAEConfig:
+    tiny = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
+    decoder = {"decoder_hidden_size": 12, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 3}
+    return SelectiveMAEConfig(**{**tiny, **decoder, "num_labels": 3, **fields})
+
+
 def upernet_config(backbone) -> HeatUperNetConfig:
     return HeatUperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_channels=8, num_labels=3)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model class, how to configure it, and the output that represents it."""
+    """A model class, how to configure it, the output that represents it, and the stride of its last feature map."""
 
     build: Callable[[], PreTrainedModel]
     output: str
     processor: Callable
+    stride: int = 32
 
     def model(self) -> PreTrainedModel:
         with torch.random.fork_rng():
@@ -96,6 +119,39 @@ ZOO = {
         lambda: HeatUperNetForSemanticSegmentation(upernet_config(rs_vheat_config(out_features=STAGES))),
         "logits",
         RSVHeatImageProcessor,
+    ),
+    "rs4d": Entry(lambda: RS4DModel(rs4d_config()), "last_hidden_state", RS4DImageProcessor),
+    "rs4d-classifier": Entry(
+        lambda: RS4DForImageClassification(rs4d_config(path_type="forward_reverse_gate", out_type="avg_featmap")),
+        "logits",
+        RS4DImageProcessor,
+    ),
+    "rs4d-backbone": Entry(
+        lambda: RS4DBackbone(rs4d_config(out_indices=[1, 2])), "feature_maps", RS4DImageProcessor, stride=16
+    ),
+    "rs4d-upernet": Entry(
+        lambda: HeatUperNetForSemanticSegmentation(
+            upernet_config(rs4d_config(num_hidden_layers=4, out_indices=[1, 2, 3, 4], add_fpn=True))
+        ),
+        "logits",
+        RS4DImageProcessor,
+    ),
+    "selective-mae": Entry(
+        lambda: SelectiveMAEModel(selective_mae_config()), "last_hidden_state", SelectiveMAEImageProcessor
+    ),
+    "selective-mae-pretraining": Entry(
+        lambda: SelectiveMAEForPreTraining(selective_mae_config()), "logits", SelectiveMAEImageProcessor
+    ),
+    "selective-mae-classifier": Entry(
+        lambda: SelectiveMAEForImageClassification(selective_mae_config(use_mean_pooling=True)),
+        "logits",
+        SelectiveMAEImageProcessor,
+    ),
+    "selective-mae-backbone": Entry(
+        lambda: SelectiveMAEBackbone(selective_mae_config(out_features=["stage1", "stage2"])),
+        "feature_maps",
+        SelectiveMAEImageProcessor,
+        stride=8,
     ),
 }
 

@@ -150,7 +150,7 @@ PUBLISHED: dict[str, dict[tuple, str]] = {
 
 
 def _size(config: dict[str, Any]) -> tuple:
-    return tuple(config["hidden_sizes"]), tuple(config["depths"])
+    return tuple(config.get("hidden_sizes", ())), tuple(config.get("depths", ()))
 
 
 def _metadata(
@@ -177,7 +177,7 @@ def _metadata(
         model_name=name if results else None,
         eval_results=results or None,
         preprocessing=processor_statistics(processor),
-        tags=["remote-sensing", "earth-observation", "heat-conduction", family],
+        tags=["remote-sensing", "earth-observation", *(["heat-conduction"] if "heat" in family else []), family],
     )
 
 

@@ -12,6 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from hf_rsheat import models
 from hf_rsheat.errors import ConfigurationError
 from hf_rsheat.hub.card import write_card
+from hf_rsheat.hub.inference import write_handler
 from hf_rsheat.hub.records import MANIFEST, write_manifest, write_provenance, write_reference
 
 # The full map: AutoModel has to work on a classifier's folder too, which save_pretrained alone would not write.
@@ -29,6 +30,19 @@ AUTO_CLASSES = {
         "AutoModelForImageClassification": "modeling_rs_vheat.RSVHeatForImageClassification",
         "AutoModelForPreTraining": "modeling_rs_vheat.RSVHeatForPreTraining",
     },
+    "selective_mae": {
+        "AutoConfig": "configuration_selective_mae.SelectiveMAEConfig",
+        "AutoModel": "modeling_selective_mae.SelectiveMAEModel",
+        "AutoBackbone": "modeling_selective_mae.SelectiveMAEBackbone",
+        "AutoModelForImageClassification": "modeling_selective_mae.SelectiveMAEForImageClassification",
+        "AutoModelForPreTraining": "modeling_selective_mae.SelectiveMAEForPreTraining",
+    },
+    "rs4d": {
+        "AutoConfig": "configuration_rs4d.RS4DConfig",
+        "AutoModel": "modeling_rs4d.RS4DModel",
+        "AutoBackbone": "modeling_rs4d.RS4DBackbone",
+        "AutoModelForImageClassification": "modeling_rs4d.RS4DForImageClassification",
+    },
     "heat_upernet": {
         "AutoConfig": "configuration_heat_upernet.HeatUperNetConfig",
         "AutoModelForSemanticSegmentation": "modeling_heat_upernet.HeatUperNetForSemanticSegmentation",
@@ -43,6 +57,14 @@ PROCESSOR_CLASSES = {
     "RSVHeatImageProcessor": {
         "torchvision": "image_processing_rs_vheat.RSVHeatImageProcessor",
         "pil": "image_processing_pil_rs_vheat.RSVHeatImageProcessorPil",
+    },
+    "SelectiveMAEImageProcessor": {
+        "torchvision": "image_processing_selective_mae.SelectiveMAEImageProcessor",
+        "pil": "image_processing_pil_selective_mae.SelectiveMAEImageProcessorPil",
+    },
+    "RS4DImageProcessor": {
+        "torchvision": "image_processing_rs4d.RS4DImageProcessor",
+        "pil": "image_processing_pil_rs4d.RS4DImageProcessorPil",
     },
 }
 MODELS_FOLDER = Path(models.__file__).parent
@@ -69,8 +91,8 @@ def export(
 
     Returns:
         The folder, holding `config.json` with the full `auto_map`, `model.safetensors`, `preprocessor_config.json`,
-        the Python files the model needs, `README.md`, and what `hf_rsheat.hub.verify` checks: `provenance.json`,
-        `reference.safetensors` and `manifest.json`.
+        the Python files the model needs, `handler.py` and `requirements.txt` for Inference Endpoints, `README.md`, and
+        what `hf_rsheat.hub.verify` checks: `provenance.json`, `reference.safetensors` and `manifest.json`.
 
     Raises:
         ConfigurationError: If the model or the processor is not one of ours, or the folder is a file.
@@ -97,6 +119,7 @@ def export(
     _update_json(folder / "preprocessor_config.json", {"auto_map": {"AutoImageProcessor": backends}})
     for source in _needed_files({*auto_map.values(), *backends.values()}):
         shutil.copyfile(source, folder / source.name)
+    write_handler(folder)
     write_provenance(folder, {**(card_context or {}), **(provenance or {})})
     write_reference(model, folder)
     finish(folder)

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from hf_rsheat.hub.transfer import is_url, public_url
+
 PROVENANCE = "provenance.json"
 REFERENCE = "reference.safetensors"
 MANIFEST = "manifest.json"
@@ -59,8 +61,9 @@ def write_provenance(folder: Path, facts: dict[str, Any] | None) -> None:
 
 
 def _command() -> str:
-    """The command line without the folders of this machine."""
-    return " ".join(Path(part).name if "/" in part or "\\" in part else part for part in sys.argv)
+    """The command line without the folders of this machine, and without credentials in addresses."""
+    parts = (public_url(part) if is_url(part) else part for part in sys.argv)
+    return " ".join(Path(part).name if "/" in part or "\\" in part else part for part in parts)
 
 
 def _version(package: str) -> str | None:
@@ -96,7 +99,8 @@ def reference_outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -
             for index, tensor in enumerate(value if isinstance(value, tuple | list) else [value]):
                 suffix = f".{index}" if isinstance(value, tuple | list) else ""
                 dtype = torch.promote_types(tensor.dtype, torch.float32)
-                results[f"{name}.{key}{suffix}"] = tensor.to("cpu", dtype).contiguous()
+                # A copy: outputs may share memory (a class token is part of the hidden state), which the file may not.
+                results[f"{name}.{key}{suffix}"] = tensor.to("cpu", dtype, copy=True).contiguous()
     model.train(was_training)
     return results
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_rsheat.errors import HFRSHeatError, VerificationError
 from hf_rsheat.hub.card import processor_statistics
 from hf_rsheat.hub.export import AUTO_CLASSES, MODELS_FOLDER, load_folder, model_class_of
+from hf_rsheat.hub.inference import HANDLER_FILES
 from hf_rsheat.hub.records import (
     MANIFEST,
     PROVENANCE,
@@ -237,8 +238,8 @@ def check_values(folder: Path) -> str:
 def _check_code(folder: Path) -> str:
     table = json.loads((resources.files("hf_rsheat.hub") / "released_code.json").read_text(encoding="utf-8"))
     known = {(name, digest) for sums in table.values() for name, digest in sums.items()}
-    own = [*MODELS_FOLDER.glob("*.py"), Path(__file__).parent / "handler.py"]
-    known |= {(path.name, sha256(path)) for path in own if path.is_file()}
+    own = [*MODELS_FOLDER.glob("*.py"), *(Path(__file__).parent / name for name in HANDLER_FILES)]
+    known |= {(path.name, sha256(path)) for path in own}
     files = [folder / name for name in _visible_files(folder) if Path(name).suffix in _CODE_SUFFIXES]
     foreign = [
         path.relative_to(folder).as_posix()

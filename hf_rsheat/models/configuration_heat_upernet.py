@@ -1,20 +1,21 @@
-"""Configuration of UPerNet over a heat backbone, loadable without the package."""
+"""Configuration of UPerNet over a heat or an RS4D backbone, loadable without the package."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import UperNetConfig
 
+from .configuration_rs4d import RS4DConfig
 from .configuration_rs_vheat import RSVHeatConfig
 from .configuration_vheat import VHeatConfig
 
-BACKBONE_CONFIGS = {config.model_type: config for config in (VHeatConfig, RSVHeatConfig)}
+BACKBONE_CONFIGS = {config.model_type: config for config in (VHeatConfig, RSVHeatConfig, RS4DConfig)}
 
 
 @strict
 class HeatUperNetConfig(UperNetConfig):
-    r"""[`UperNetConfig`] whose backbone is a vHeat or an RS-vHeat; all other fields are its own.
+    r"""[`UperNetConfig`] whose backbone is a vHeat, an RS-vHeat or an RS4D; all other fields are its own.
 
     Args:
-        backbone_config (`VHeatConfig`, `RSVHeatConfig` or `dict`, *optional*):
+        backbone_config (`VHeatConfig`, `RSVHeatConfig`, `RS4DConfig` or `dict`, *optional*):
             The backbone; vHeat-T with the features of all four stages if `None`.
     """
 

@@ -1,4 +1,4 @@
-"""UPerNet (arXiv 1807.10221) over a heat backbone: transformers' own heads, loadable without the package."""
+"""UPerNet (arXiv 1807.10221) over a heat or an RS4D backbone: transformers' own heads, loadable without the package."""
 
 from transformers.models.upernet.modeling_upernet import (
     UperNetFCNHead,
@@ -8,22 +8,24 @@ from transformers.models.upernet.modeling_upernet import (
 )
 
 from .configuration_heat_upernet import HeatUperNetConfig
+from .modeling_rs4d import RS4DBackbone
 from .modeling_rs_vheat import RSVHeatBackbone
 from .modeling_vheat import VHeatBackbone
 
-BACKBONES = {backbone.config_class.model_type: backbone for backbone in (VHeatBackbone, RSVHeatBackbone)}
+BACKBONES = {backbone.config_class.model_type: backbone for backbone in (VHeatBackbone, RSVHeatBackbone, RS4DBackbone)}
 
 
 class HeatUperNetForSemanticSegmentation(UperNetForSemanticSegmentation):
     """Stock [`UperNetForSemanticSegmentation`] that builds its backbone itself, without transformers' registry.
 
-    An RS-vHeat backbone uses its default modality ("optical", or the only one).
+    An RS-vHeat backbone uses its default modality ("optical", or the only one). Give an RS4D backbone four
+    `out_indices` and `add_fpn`.
     """
 
     config_class = HeatUperNetConfig
     config: HeatUperNetConfig
     supports_gradient_checkpointing = True
-    _no_split_modules = ("HeatLayer",)
+    _no_split_modules = ("HeatLayer", "RS4DLayer")
 
     def __init__(self, config: HeatUperNetConfig) -> None:
         # Not the parent's __init__: it looks the backbone up in AutoBackbone, which knows it only with our package.

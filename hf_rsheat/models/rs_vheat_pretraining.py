@@ -49,7 +49,11 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class RSVHeatDecoder(nn.Module):
-    """Fuses low-cut and high-cut features of stages 3 and 4 and decodes them to an image of the given modality."""
+    """Fuses low-cut and high-cut features of stages 3 and 4 and decodes them to an image of the given modality.
+
+    One hidden layer per position, then a 3x3 convolution to the pixels of each position (pixel shuffle): a position's
+    pixels also see its neighbours, so that they join without seams.
+    """
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -60,7 +64,10 @@ class RSVHeatDecoder(nn.Module):
         self.embed = PointwiseConv(fine + coarse, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.heads = nn.ModuleDict(
-            {name: PointwiseConv(dim, channels * DECODER_STRIDE**2) for name, channels in config.modalities.items()}
+            {
+                name: nn.Conv2d(dim, channels * DECODER_STRIDE**2, kernel_size=3, padding=1)
+                for name, channels in config.modalities.items()
+            }
         )
 
     def forward(self, fine: torch.Tensor, coarse: torch.Tensor, modality: str, height: int, width: int) -> torch.Tensor:
@@ -78,7 +85,7 @@ class RSVHeatDecoder(nn.Module):
         coarse = self.fuse_coarse(torch.cat(_halves(coarse), dim=-1))
         coarse = F.interpolate(coarse.permute(0, 3, 1, 2), size=fine.shape[1:3], mode="bilinear").permute(0, 2, 3, 1)
         hidden = F.gelu(self.norm(self.embed(torch.cat((fine, coarse), dim=-1))))
-        image = F.pixel_shuffle(self.heads[modality](hidden).permute(0, 3, 1, 2), DECODER_STRIDE)
+        image = F.pixel_shuffle(self.heads[modality](hidden.permute(0, 3, 1, 2)), DECODER_STRIDE)
         return image[..., :height, :width]
 
 

@@ -83,7 +83,8 @@ def save_checkpoint(
     draft = output_dir / f"{_DRAFT}{final.name}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    model.save_pretrained(draft, state_dict=model_state)
+    # The names of the running model: transformers would save its own models under those of older versions.
+    model.save_pretrained(draft, state_dict=model_state, save_original_format=False)
     processor.save_pretrained(draft)
     recipe.save(draft / "recipe.yaml")
     _save_optimizer(draft, model, optimizer)

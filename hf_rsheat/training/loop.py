@@ -16,8 +16,9 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from transformers import PreTrainedModel
 
-from ..errors import ConfigurationError, DataError
+from ..errors import ConfigurationError, DataError, HFRSHeatError, TransferError
 from ..hub import export
+from ..hub.push import push
 from .checkpoint import TrainerState, load_optimizer, load_state, prune_checkpoints, save_checkpoint
 from .data import Batch, BatchReader, LoadedBatch, load_batches
 from .monitor import Monitor, StepResult
@@ -290,7 +291,18 @@ class _Run:
 
     def _export(self, hub: Path) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        export(model, self.objective.processor, hub, card_context=_card_context(self.recipe))
+        export(self.objective.exported(model), self.objective.processor, hub, card_context=_card_context(self.recipe))
         logger.info("Hub folder: %s", hub)
         if self.recipe.hub_model_id is not None:
-            logger.info("It names %s in its card, but was not pushed.", self.recipe.hub_model_id)
+            self._push(hub, self.recipe.hub_model_id)
+
+    @staticmethod
+    def _push(hub: Path, repo_id: str) -> None:
+        try:
+            result = push(hub, repo_id)
+        except (HFRSHeatError, OSError) as error:
+            raise TransferError(
+                f"The run is finished and its folder exported, but not pushed: {error} "
+                f"Push it with `hf-rsheat push {hub} {repo_id}`."
+            ) from error
+        logger.info("Pushed and verified: %s@%s", result.repo_id, result.revision)

@@ -42,7 +42,7 @@ class Recipe:
     """Everything a run needs to know; saved as `recipe.yaml` beside the log and in each checkpoint.
 
     Args:
-        objective: What to learn: `rs_vheat` (pretraining) or `classification` (fine-tuning).
+        objective: What to learn: `rs_vheat`, `selective_mae` or `mae` (pretraining), or `classification` (fine-tuning).
         image_folder: Folder of images, scanned recursively. Sub-folders named like a modality (`optical`, `sar`) give
             the modality; equal relative stems in two of them are a pair. For `classification` the first folder level
             gives the class.
@@ -68,7 +68,7 @@ class Recipe:
         mixed_precision: `no`, `bf16` or `fp16`.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         logging_steps: Steps between writes of the log (which holds every step), progress bar and trackers.
-        hub_model_id: Repository name written into the exported card.
+        hub_model_id: Hub repository `user/name` to push the exported folder to at the end, verified before and after.
     """
 
     objective: str

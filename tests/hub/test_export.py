@@ -26,6 +26,12 @@ AUTO_CLASSES = {
     "rs-vheat-pretraining": "AutoModelForPreTraining",
     "rs-vheat-classifier": "AutoModelForImageClassification",
     "rs-vheat-upernet": "AutoModelForSemanticSegmentation",
+    "selective-mae": "AutoModel",
+    "selective-mae-pretraining": "AutoModelForPreTraining",
+    "selective-mae-classifier": "AutoModelForImageClassification",
+    "rs4d": "AutoModel",
+    "rs4d-classifier": "AutoModelForImageClassification",
+    "rs4d-upernet": "AutoModelForSemanticSegmentation",
 }
 # What a user without the package runs; one process for all folders, since importing torch costs seconds.
 CHILD = """

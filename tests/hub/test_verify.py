@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -39,12 +40,14 @@ def edit(folder: Path, change) -> None:
 
 
 def trunk_tensor(tensors: dict) -> str:
-    return next(name for name in tensors if name.endswith("stages.1.layers.0.heat.in_proj.weight"))
+    """A weight inside the trunk, whatever the family calls its layers."""
+    layers = re.compile(r"(^|\.)layers?\.\d")
+    return min(name for name, tensor in tensors.items() if tensor.ndim > 1 and layers.search(name))
 
 
 def rename(tensors: dict) -> None:
     name = trunk_tensor(tensors)
-    tensors[name.replace("in_proj", "input_projection")] = tensors.pop(name)
+    tensors[name.replace("weight", "kernel") if "weight" in name else f"{name}_renamed"] = tensors.pop(name)
 
 
 def poison(value: float):

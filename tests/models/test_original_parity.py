@@ -8,7 +8,6 @@ from torchvision.ops import deform_conv2d
 from hf_rsheat.conversion import heat, rs_vheat
 from hf_rsheat.models.frequency_masking import frequency_mask
 
-
 OPTIONS = {"weights": "model", "overrides": None, "image_size": None, "resize": "bilinear"}
 
 

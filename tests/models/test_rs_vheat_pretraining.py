@@ -77,13 +77,13 @@ def test_images_do_not_influence_each_other(model):
 
 def test_a_few_steps_lower_every_term():
     torch.manual_seed(0)
-    config = rs_vheat_config(mask_radius_range=(0.25, 0.25))
+    config = rs_vheat_config(mask_radius_range=(0.25, 0.25), decoder_dim=64)
     model = RSVHeatForPreTraining(config).train()
     smooth = torch.nn.functional.interpolate(torch.randn(4, 3, 8, 8), size=(64, 64), mode="bilinear")
     pair = smooth.mean(1, keepdim=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
-    for _ in range(40):
+    for _ in range(80):
         outputs = model(smooth, paired_pixel_values=pair)
         optimizer.zero_grad()
         outputs.loss.backward()

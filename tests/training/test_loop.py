@@ -1,13 +1,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hf_rsheat.errors import ConfigurationError, DataError, TrainingError
+from hf_rsheat.errors import ConfigurationError, DataError, TrainingError, TransferError
 from hf_rsheat.training import loop
 from hf_rsheat.training.loop import train
 from hf_rsheat.training.objectives.rs_vheat import RSVHeatPretraining
@@ -295,12 +296,28 @@ def test_the_loss_falls_and_a_classifier_learns_from_the_pretrained_folder(make_
         max_steps=20,
         save_steps=20,
         learning_rate=3e-3,
-        hub_model_id="me/bright-or-dark",
     )
     train(fine_tuning)
     assert read_log(fine_tuning.output_dir)[-1]["accuracy"] == 1.0
     assert "new weights: classifier.bias, classifier.weight" in caplog.text
-    assert "not pushed" in caplog.text
+
+
+def test_hub_model_id_pushes_and_a_failed_push_loses_nothing(make_recipe, monkeypatch):
+    calls = []
+
+    def fake_push(folder, repo_id):
+        calls.append((Path(folder), repo_id))
+        if len(calls) == 1:
+            raise OSError("no network")
+        return SimpleNamespace(repo_id=repo_id, revision="abc")
+
+    monkeypatch.setattr(loop, "push", fake_push)
+    recipe = make_recipe(max_steps=1, save_steps=1, warmup_steps=0, hub_model_id="me/model")
+    with pytest.raises(TransferError, match=r"no network.*hf-rsheat push .* me/model"):
+        train(recipe)
+    assert (Path(recipe.output_dir) / "hub/model.safetensors").is_file()
+    hub = train(recipe, resume=True)
+    assert calls == [(hub, "me/model")] * 2
 
 
 def test_tensorboard_gets_the_log_where_it_is_installed(reference):

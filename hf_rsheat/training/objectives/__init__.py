@@ -9,6 +9,8 @@ from .base import Objective
 _OBJECTIVES = {
     "rs_vheat": "RSVHeatPretraining",
     "classification": "Classification",
+    "selective_mae": "SelectiveMAEPretraining",
+    "mae": "MAEPretraining",
 }
 
 

@@ -76,6 +76,10 @@ class Objective(ABC):
     def build_model(self) -> PreTrainedModel:
         """The model to train, in float32."""
 
+    def exported(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model that the Hub folder at the end holds, made of the trained one."""
+        return model
+
     @abstractmethod
     def channels(self, modality: str) -> int:
         """Channels of a modality's images."""

@@ -13,10 +13,13 @@ from transformers import PreTrainedModel
 
 from ...errors import ConfigurationError
 from ...models.configuration_rs_vheat import RSVHeatConfig
+from ...models.configuration_selective_mae import SelectiveMAEConfig
 from ...models.configuration_vheat import VHeatConfig
 from ...models.image_processing_rs_vheat import RSVHeatImageProcessor
+from ...models.image_processing_selective_mae import SelectiveMAEImageProcessor
 from ...models.image_processing_vheat import VHeatImageProcessor
 from ...models.modeling_rs_vheat import RSVHeatForImageClassification
+from ...models.modeling_selective_mae import SelectiveMAEForImageClassification
 from ...models.modeling_vheat import VHeatForImageClassification
 from ..augmentation import Geometry
 from ..data import Batch
@@ -29,6 +32,7 @@ from .base import AugmentationOptions, Objective, Terms
 _FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "rs_vheat": (RSVHeatConfig, RSVHeatForImageClassification, RSVHeatImageProcessor),
     "vheat": (VHeatConfig, VHeatForImageClassification, VHeatImageProcessor),
+    "selective_mae": (SelectiveMAEConfig, SelectiveMAEForImageClassification, SelectiveMAEImageProcessor),
 }
 
 
@@ -50,7 +54,7 @@ class ClassificationOptions(AugmentationOptions):
 
 
 class Classification(Objective):
-    """Cross-entropy on class folders. `model.model_type` chooses `rs_vheat` (default) or `vheat`.
+    """Cross-entropy on class folders. `model.model_type` chooses `rs_vheat` (default), `vheat` or `selective_mae`.
 
     Started from a pretraining folder, the trunk is loaded and the classifier is new. Terms: `cross_entropy`, and
     `accuracy`, which is only logged.
