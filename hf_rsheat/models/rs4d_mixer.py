@@ -97,10 +97,14 @@ class RS4DMixer(nn.Module):
         """`(batch, tokens, hidden)` in and out."""
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         orders = [TokenOrder(name, x.shape[1], x.device) for name in self.order_names]
-        y = self._scan(torch.cat([order.apply(x) for order in orders])).unflatten(0, (len(orders), -1))
+        if len(orders) > 1:
+            x = torch.cat([order.apply(x) for order in orders])
+        y = self._scan(x).unflatten(0, (len(orders), -1))
         outputs = [order.undo(part) for order, part in zip(orders, y, strict=True)]
         z = F.silu(z)
-        if self.gate is None:
+        if len(outputs) == 1:
+            joined = outputs[0]
+        elif self.gate is None:
             joined = sum(outputs[1:], outputs[0]) / len(outputs)
         else:
             means = torch.cat([self.out_proj((output * z).mean(1)) for output in outputs], dim=-1)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 # States stepped at once on a CPU; larger problems are cut into tiles of batch rows, then of channels. One step of a
 # tile (128 KiB in float32) stays in the L2 cache and is long enough to hide PyTorch's cost per call.
 TILE_STATES = 2**15
-CHUNK_STATES = 2**19  # states of a chunk, 2 MiB in float32
+CHUNK_STATES = 2**20  # states of a chunk, 4 MiB in float32
 MIN_CHUNK, MAX_CHUNK = 16, 256
 SOFTPLUS_THRESHOLD = 20.0  # torch's default: identity above
 
