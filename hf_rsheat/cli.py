@@ -261,7 +261,8 @@ def embed(
     _register()
     from hf_rsheat.evaluation import embed as run
 
-    typer.echo(f"Wrote {run(folder, images, output, batch_size=batch_size, modality=modality)}")
+    summary = run(folder, images, output, batch_size=batch_size, modality=modality)
+    typer.echo(f"Wrote {output}: {summary['images']} images, {len(summary['unreadable'])} left out")
 
 
 @app.command()

@@ -278,7 +278,7 @@ def _check_processor(folder: Path) -> str:
     stated = ModelCard.load(folder / "README.md").data.to_dict().get("preprocessing")
     if stated is None:
         raise _Absent("the card states no preprocessing")
-    actual = processor_statistics(json.loads(load_folder(folder)[1].to_json_string()))
+    actual = processor_statistics(json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8")))
     if stated != actual:
         raise VerificationError(f"the card states {stated}, the processor does {actual}")
     return "statistics are those of the card"

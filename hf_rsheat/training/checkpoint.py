@@ -190,8 +190,11 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     Raises:
         CheckpointError: If it names parameters the model does not have.
     """
-    values: dict[str, Any] = load_file(checkpoint / "optimizer.safetensors")
-    values |= json.loads((checkpoint / "optimizer.json").read_text(encoding="utf-8"))
+    try:
+        values: dict[str, Any] = load_file(checkpoint / "optimizer.safetensors")
+        values |= json.loads((checkpoint / "optimizer.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise CheckpointError(f"Cannot read the optimiser state of {checkpoint}: {error}.") from error
     named = dict(model.named_parameters())
     indices = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Any]] = {}

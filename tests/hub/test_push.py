@@ -363,6 +363,7 @@ class Blocker:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocker())
 import torch, transformers
+from PIL import Image
 from safetensors.torch import save_file
 results = {}
 for name, (repo, revision, auto_class) in json.loads(sys.argv[1]).items():
@@ -378,6 +379,10 @@ for name, (repo, revision, auto_class) in json.loads(sys.argv[1]).items():
         outputs = model(pixel_values)
     keys = ("logits", "reconstruction", "last_hidden_state")
     results[name] = next(outputs[key] for key in keys if key in outputs).contiguous()
+    if auto_class == "AutoModelForImageClassification":
+        image = Image.new("RGB", (80, 70), (90, 120, 60))
+        answer = transformers.pipeline("image-classification", model=repo, **options)(image)
+        assert sorted(a["label"] for a in answer) == sorted(model.config.id2label.values()), answer
 save_file(results, sys.argv[2])
 """
 

@@ -196,14 +196,21 @@ def test_absurd_header_lengths_are_refused(folder, length):
         from_pretrained_verified(folder)
 
 
-def test_sharded_weights_verify_and_reload(tmp_path):
-    model = ZOO["rs-vheat-pretraining"].model()
-    folder = export(model, RSVHeatImageProcessor(), tmp_path, max_shard_size="100KB")
+@NAMES
+def test_sharded_weights_verify_and_reload(name, exported, tmp_path):
+    entry = ZOO[name]
+    model = entry.model()
+    folder = export(model, entry.processor(), tmp_path, max_shard_size="40KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert verify(folder).ok
     reloaded = from_pretrained_verified(folder).state_dict()
     assert all(torch.equal(value, reloaded[key]) for key, value in model.state_dict().items())
-    export(model, RSVHeatImageProcessor(), tmp_path)
+
+
+def test_exporting_unsharded_over_shards_leaves_none(tmp_path):
+    entry = ZOO["rs-vheat-pretraining"]
+    export(entry.model(), entry.processor(), tmp_path, max_shard_size="40KB")
+    folder = export(entry.model(), entry.processor(), tmp_path)
     assert not list(folder.glob("model-*.safetensors"))
     assert verify(folder).ok
 
