@@ -227,6 +227,8 @@ def test_half_precision_exports_verify(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "../up", "a/b/c"])
-def test_what_is_neither_folder_nor_repository_is_refused(name):
+def test_what_is_neither_folder_nor_repository_is_refused(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(VerificationError):
         verify(name)
