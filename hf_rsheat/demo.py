@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-from PIL import Image
+from PIL import Image, ImageStat
 from tqdm.auto import tqdm
 
 from . import __version__
@@ -23,6 +23,7 @@ from .scenes import make_scene, write_labelled_scenes, write_scenes
 SENSORS = {"optical": 3, "sar": 1}
 _TILE = 256  # larger images are cut into tiles of this side in pixels: loading them at every step would take too long
 _MAX_TILES = 1200
+_EXAMPLES = 48  # of the user's images, compared to find one with something to see
 _MARKER = ".hf_rsheat_demo"
 
 # Runs in a process that cannot import this package: what a stranger who found the folder on the Hub would do.
@@ -38,7 +39,7 @@ sys.meta_path.insert(0, NotInstalled())
 hub, image_file, modality, drawing, picture = sys.argv[1:]
 
 import torch
-from PIL import Image
+from PIL import Image, ImageStat
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 from transformers.utils import logging
 
@@ -161,7 +162,7 @@ def _empty(folder: Path) -> Path:
 
 
 def _take_images(source: Path, output: Path, settings: DemoSettings) -> tuple[list[str], Path]:
-    """Copies of the user's images as tiles of at most 256 pixels, and the first tile of the middle image."""
+    """Copies of the user's images as tiles of at most 256 pixels, and one of them with much contrast."""
     from .training.image_folder import image_paths
 
     paths, folder = image_paths(source), _empty(output / "images")
@@ -192,13 +193,19 @@ def _take_images(source: Path, output: Path, settings: DemoSettings) -> tuple[li
     sensors = [name for name, found in of_sensor.items() if found]
     fitting = of_sensor[sensors[0]]
     example = output / "example.png"
-    shutil.copyfile(fitting[len(fitting) // 2], example)
+    shutil.copyfile(max(fitting[:: -(-len(fitting) // _EXAMPLES)], key=_contrast), example)
     return sensors, example
 
 
 def _sensor(path: Path) -> str:
     """The first folder named like a sensor says which one an image comes from; others are optical, as in training."""
     return next((part for part in path.parts[:-1] if part in SENSORS), "optical")
+
+
+def _contrast(path: Path) -> float:
+    """Standard deviation of the grey values: a picture of a dark forest would show nothing."""
+    with Image.open(path) as image:
+        return ImageStat.Stat(image.convert("L")).stddev[0]
 
 
 def _tiles(path: Path, limit: int) -> Iterator[Image.Image]:
