@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow check format record-release clean
 
 help:
 	@echo "make demo          pretrain a small model, export it, load it elsewhere, draw a picture (IMAGES=dir for your own)"
@@ -34,6 +34,9 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+record-release: $(VENV)/.installed
+	$(BIN)/python -m hf_rsheat.hub.released
 
 clean:
 	rm -rf $(VENV) .demo build dist *.egg-info

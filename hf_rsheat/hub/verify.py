@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_rsheat.errors import HFRSHeatError, VerificationError
 from hf_rsheat.hub.card import processor_statistics
-from hf_rsheat.hub.export import AUTO_CLASSES, MODELS_FOLDER, load_folder, model_class_of
-from hf_rsheat.hub.inference import HANDLER_FILES
+from hf_rsheat.hub.export import AUTO_CLASSES, load_folder, model_class_of
 from hf_rsheat.hub.records import (
     MANIFEST,
     PROVENANCE,
@@ -25,7 +23,9 @@ from hf_rsheat.hub.records import (
     read_reference,
     reference_outputs,
     sha256,
+    visible_files,
 )
+from hf_rsheat.hub.released import known_code
 
 logger = logging.getLogger(__name__)
 
@@ -140,16 +140,10 @@ def _record(folder: Path, name: str) -> dict[str, Any]:
     return record
 
 
-def _visible_files(folder: Path) -> set[str]:
-    """Paths below the folder, without `.cache` and the like, which are the download client's and not the model's."""
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)}
-
-
 def check_files(folder: Path) -> str:
     """Every file has the hash the manifest gives, and there is no file beside them."""
     expected = _record(folder, MANIFEST).get("files", {})
-    actual = _visible_files(folder) - UNHASHED
+    actual = visible_files(folder) - UNHASHED
     missing, unknown = sorted(set(expected) - actual), sorted(actual - set(expected))
     changed = sorted(name for name in actual & set(expected) if sha256(folder / name) != expected[name])
     problems = [
@@ -236,11 +230,8 @@ def check_values(folder: Path) -> str:
 
 
 def _check_code(folder: Path) -> str:
-    table = json.loads((resources.files("hf_rsheat.hub") / "released_code.json").read_text(encoding="utf-8"))
-    known = {(name, digest) for sums in table.values() for name, digest in sums.items()}
-    own = [*MODELS_FOLDER.glob("*.py"), *(Path(__file__).parent / name for name in HANDLER_FILES)]
-    known |= {(path.name, sha256(path)) for path in own}
-    files = [folder / name for name in _visible_files(folder) if Path(name).suffix in _CODE_SUFFIXES]
+    known = known_code()
+    files = [folder / name for name in visible_files(folder) if Path(name).suffix in _CODE_SUFFIXES]
     foreign = [
         path.relative_to(folder).as_posix()
         for path in files
