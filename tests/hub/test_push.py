@@ -369,7 +369,8 @@ results = {}
 for name, (repo, revision, auto_class) in json.loads(sys.argv[1]).items():
     options = {"trust_remote_code": True, "revision": revision}
     model = getattr(transformers, auto_class).from_pretrained(repo, **options)
-    base = transformers.AutoModel.from_pretrained(repo, **options)
+    segmenter = auto_class.endswith("Segmentation")
+    base = model if segmenter else transformers.AutoModel.from_pretrained(repo, **options)
     processor = transformers.AutoImageProcessor.from_pretrained(repo, **options)
     assert "transformers_modules" in type(model).__module__, type(model)
     assert "transformers_modules" in type(base).__module__, type(base)
@@ -379,10 +380,14 @@ for name, (repo, revision, auto_class) in json.loads(sys.argv[1]).items():
         outputs = model(pixel_values)
     keys = ("logits", "reconstruction", "last_hidden_state")
     results[name] = next(outputs[key] for key in keys if key in outputs).contiguous()
-    if auto_class == "AutoModelForImageClassification":
-        image = Image.new("RGB", (80, 70), (90, 120, 60))
-        answer = transformers.pipeline("image-classification", model=repo, **options)(image)
-        assert sorted(a["label"] for a in answer) == sorted(model.config.id2label.values()), answer
+    image = Image.new("RGB", (80, 70), (90, 120, 60))
+    task = {"AutoModelForImageClassification": "image-classification", "AutoModel": "image-feature-extraction",
+            "AutoModelForSemanticSegmentation": "image-segmentation"}.get(auto_class)
+    if task is not None:
+        answer = transformers.pipeline(task, model=repo, **options)(image)
+        assert len(answer) > 0, answer
+        if task != "image-feature-extraction":
+            assert {a["label"] for a in answer} <= set(model.config.id2label.values()), answer
 save_file(results, sys.argv[2])
 """
 
@@ -392,6 +397,9 @@ def test_pushed_models_load_by_name_and_revision_without_the_package(hub, folder
         "classifier": (folder, "AutoModelForImageClassification", ZOO["vheat-classifier"].model()),
         "sharded": (sharded, "AutoModelForPreTraining", ZOO["rs-vheat-pretraining"].model()),
     }
+    entry = ZOO["vheat-upernet"]
+    segmenter = export(entry.model(), entry.processor(), tmp_path / "segmenter")
+    folders["segmenter"] = (segmenter, "AutoModelForSemanticSegmentation", entry.model())
     for dtype in (torch.bfloat16, torch.float16):
         model = RSVHeatModel(rs_vheat_config())
         randomize(model)
@@ -422,7 +430,7 @@ def test_pushed_models_load_by_name_and_revision_without_the_package(hub, folder
     assert run.returncode == 0, run.stderr[-4000:]
     results = load_file(tmp_path / "results.safetensors")
     pixel_values = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
-    keys = {"classifier": "logits", "sharded": "reconstruction"}
+    keys = {"classifier": "logits", "sharded": "reconstruction", "segmenter": "logits"}
     for name, (_, _, model) in folders.items():
         with torch.no_grad():
             expected = model(pixel_values.to(model.dtype))[keys.get(name, "last_hidden_state")]
