@@ -158,7 +158,9 @@ def check_files(folder: Path) -> str:
 
 def _check_provenance(folder: Path) -> str:
     source = _record(folder, PROVENANCE).get("source")
-    return f"from {source['file']} (SHA-256 {source['sha256'][:12]}...)" if source else "made by this package"
+    if isinstance(source, dict):
+        return f"from {source['file']} (SHA-256 {source['sha256'][:12]}...)"
+    return source or "made by this package"
 
 
 def _check_config(folder: Path) -> str:

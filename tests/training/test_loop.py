@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_rsheat.errors import ConfigurationError, DataError, TrainingError, TransferError
+from hf_rsheat.hub import verify
 from hf_rsheat.training import loop
 from hf_rsheat.training.loop import train
 from hf_rsheat.training.objectives.rs_vheat import RSVHeatPretraining
@@ -318,6 +319,8 @@ def test_hub_model_id_pushes_and_a_failed_push_loses_nothing(make_recipe, monkey
     assert (Path(recipe.output_dir) / "hub/model.safetensors").is_file()
     hub = train(recipe, resume=True)
     assert calls == [(hub, "me/model")] * 2
+    report = verify(hub)
+    assert report.ok, str(report)  # what a real push asks for first
 
 
 def test_tensorboard_gets_the_log_where_it_is_installed(reference):
