@@ -81,15 +81,15 @@ def _along_height(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def dct2(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal 2-D DCT-II over height and width of `(batch, height, width, channels)`."""
-    # Width first: `x` may be a strided half of a projection, which only the height transform would have to copy.
-    x = _along_width(_basis(x.shape[2], x.dtype, x.device), x)
-    return _along_height(_basis(x.shape[1], x.dtype, x.device), x)
+    # Height first, and last in the inverse: of the four orders this one rounds closest to the original (golden tests).
+    x = _along_height(_basis(x.shape[1], x.dtype, x.device), x)
+    return _along_width(_basis(x.shape[2], x.dtype, x.device), x)
 
 
 def idct2(coefficients: torch.Tensor) -> torch.Tensor:
     """Inverse of [`dct2`], same shape."""
-    x = _along_height(_basis(coefficients.shape[1], coefficients.dtype, coefficients.device).T, coefficients)
-    return _along_width(_basis(x.shape[2], x.dtype, x.device).T, x)
+    x = _along_width(_basis(coefficients.shape[2], coefficients.dtype, coefficients.device).T, coefficients)
+    return _along_height(_basis(x.shape[1], x.dtype, x.device).T, x)
 
 
 def squared_frequencies(

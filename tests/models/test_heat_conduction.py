@@ -94,6 +94,7 @@ def test_vheat_operator_is_the_originals_step_by_step(vheat_ops, size):
         exact = copy.deepcopy(operator).double()(x.double().permute(0, 2, 3, 1), table.double())
     torch.testing.assert_close(exact.permute(0, 3, 1, 2), tensors["y_nchw"].double(), **close)
     torch.testing.assert_close(output, exact.float(), **close)
+    torch.testing.assert_close(output.permute(0, 3, 1, 2), tensors["y_nchw"], **close)
 
 
 @pytest.mark.parametrize("size", ["7x7", "6x10", "1x5"])
