@@ -144,7 +144,7 @@ def memory_in_fresh_process(group: str, contestant: str, size: ScanSize) -> dict
     """
     if not _PROCESS.is_dir():
         raise ConfigurationError("Memory is measured on Linux only: leave it out (--no-memory).")
-    command = [sys.executable, "-m", "hf_rsheat.scan_benchmark", json.dumps([group, contestant, asdict(size)])]
+    command = [sys.executable, "-m", "hf_rsheat.benchmarks.scan", json.dumps([group, contestant, asdict(size)])]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode != 0:
         raise RuntimeError(f"Measuring the memory of {contestant} failed:\n{child.stderr[-2000:]}")

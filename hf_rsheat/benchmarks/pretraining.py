@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from .errors import ConfigurationError
-from .models.configuration_selective_mae import SelectiveMAEConfig
-from .models.modeling_selective_mae import SelectiveMAEForPreTraining
-from .models.token_selection import select_tokens
+from ..errors import ConfigurationError
+from ..models.configuration_selective_mae import SelectiveMAEConfig
+from ..models.modeling_selective_mae import SelectiveMAEForPreTraining
+from ..models.token_selection import select_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""`hf-rsheat bench`: what is measured, and how."""

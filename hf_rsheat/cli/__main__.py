@@ -1,0 +1,5 @@
+"""`python -m hf_rsheat.cli` is `hf-rsheat`."""
+
+from . import main
+
+main()
