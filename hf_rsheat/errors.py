@@ -17,6 +17,10 @@ class CheckpointError(HFRSHeatError, ValueError):
     """A checkpoint is damaged, incomplete, or its tensors do not fit the model."""
 
 
+class CacheError(HFRSHeatError, ValueError):
+    """Cached teacher features are missing, stale or damaged; they were not used."""
+
+
 class UnsafeCheckpointError(CheckpointError):
     """A pickle names a global that reading weights never needs; nothing of it was executed."""
 
@@ -31,6 +35,33 @@ class TransferError(HFRSHeatError, OSError):
 
 class TrainingError(HFRSHeatError, RuntimeError):
     """Training cannot go on (a loss that is not finite); the message says how to continue."""
+
+
+class CheckpointWriteError(HFRSHeatError, OSError):
+    """A checkpoint could not be written; the one before is intact, and the message says what was needed."""
+
+
+class RunInUseError(HFRSHeatError, RuntimeError):
+    """Another process is writing to the run folder."""
+
+
+class RunInterrupted(HFRSHeatError, RuntimeError):
+    """A signal stopped the run; its last step is saved.
+
+    Attributes:
+        status: What the process should exit with: 143 after SIGTERM, 130 after SIGINT.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message, status)  # both, so that the error can be pickled
+        self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class BenchmarkError(HFRSHeatError, RuntimeError):
+    """A measured ratio is worse than the stored one."""
 
 
 class MissingExtraError(HFRSHeatError, ImportError):

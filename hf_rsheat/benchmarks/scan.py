@@ -7,22 +7,19 @@ on all of them; memory in a fresh process each. What counts is the ratio.
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_rsheat.errors import ConfigurationError
+from ..errors import ConfigurationError
+from .measure import in_fresh_process, load, peak_memory, take_turns
 
 OURS, THEIRS = "hf_rsheat", "transformers"
 GROUPS = ("scan", "mixer")
 HIDDEN_SIZE = 256  # of all published RS4D sizes
-_PROCESS = Path("/proc/self")
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class ScanSize:
 def _scan(size: ScanSize) -> dict[str, Callable[[], torch.Tensor]]:
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-    from hf_rsheat.models.selective_scan import selective_scan
+    from ..models.selective_scan import selective_scan
 
     def channels_last(width: int) -> torch.Tensor:
         return torch.randn(size.batch, size.length, width).transpose(1, 2)
@@ -74,8 +71,8 @@ def _mixer(size: ScanSize) -> dict[str, Callable[[], torch.Tensor]]:
     from transformers import MambaConfig
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
-    from hf_rsheat.models.configuration_rs4d import RS4DConfig
-    from hf_rsheat.models.rs4d_mixer import RS4DMixer
+    from ..models.configuration_rs4d import RS4DConfig
+    from ..models.rs4d_mixer import RS4DMixer
 
     sizes: dict[str, Any] = {"hidden_size": HIDDEN_SIZE, "state_size": size.state, "num_hidden_layers": 1}
     config = MambaConfig(**sizes, time_step_rank=16, use_bias=False)
@@ -107,48 +104,14 @@ def measure_time(group: str, size: ScanSize, repeats: int) -> dict[str, Any]:
     """
     contestants = _contestants(group, size)
     first = {name: run() for name, run in contestants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = take_turns(contestants, repeats, warmup=0)
     difference = (first[OURS] - first[THEIRS]).abs().max() / first[THEIRS].abs().max()
     return {"seconds": seconds, "relative_difference": difference.item()}
 
 
-@torch.no_grad()
-def measure_memory(group: str, contestant: str, size: ScanSize) -> dict[str, float]:
-    """Peak of the resident memory during one run, in MB: above what import, weights and input take, and in total.
-
-    Means anything only in a fresh process, see [`memory_in_fresh_process`].
-    """
-    run = _contestants(group, size)[contestant]
-    (_PROCESS / "clear_refs").write_text("5")  # forget the peak so far: importing may have needed more than is kept
-    before = _megabytes("VmRSS")
-    run()
-    total = _megabytes("VmHWM")  # not getrusage: its peak survives fork and exec, so it would be the parent's
-    return {"above_start": max(0.0, total - before), "total": total}
-
-
-def _megabytes(field: str) -> float:
-    line = next(line for line in (_PROCESS / "status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def memory_in_fresh_process(group: str, contestant: str, size: ScanSize) -> dict[str, float]:
-    """[`measure_memory`] where nothing ran before.
-
-    Raises:
-        ConfigurationError: The system does not tell (not Linux).
-    """
-    if not _PROCESS.is_dir():
-        raise ConfigurationError("Memory is measured on Linux only: leave it out (--no-memory).")
-    command = [sys.executable, "-m", "hf_rsheat.benchmarks.scan", json.dumps([group, contestant, asdict(size)])]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode != 0:
-        raise RuntimeError(f"Measuring the memory of {contestant} failed:\n{child.stderr[-2000:]}")
-    return json.loads(child.stdout.splitlines()[-1])
+    """Peak memory of one run in a fresh process, see [`peak_memory`]."""
+    return in_fresh_process("hf_rsheat.benchmarks.scan", [group, contestant, asdict(size)])
 
 
 def bench_scan(size: ScanSize | None = None, *, repeats: int = 5, memory: bool = True) -> dict[str, Any]:
@@ -166,10 +129,10 @@ def bench_scan(size: ScanSize | None = None, *, repeats: int = 5, memory: bool =
     size = size or ScanSize()
     if repeats < 1:
         raise ConfigurationError(f"`repeats` must be positive, got {repeats}.")
-    result: dict[str, Any] = {"size": asdict(size), "load": _load(), "torch": torch.__version__, "groups": {}}
+    result: dict[str, Any] = {"size": asdict(size), "load": load(), "torch": torch.__version__, "groups": {}}
     for group in GROUPS:
         result["groups"][group] = _bench_group(group, size, repeats, memory)
-    result["load_after"] = _load()
+    result["load_after"] = load()
     return result
 
 
@@ -185,11 +148,6 @@ def _bench_group(group: str, size: ScanSize, repeats: int, memory: bool) -> dict
             row |= {f"megabytes_{key}": value for key, value in peaks.items()}
         values["memory_share"] = rows[OURS]["megabytes_above_start"] / max(rows[THEIRS]["megabytes_above_start"], 1e-3)
     return {"contestants": rows, **values, "relative_difference": timed["relative_difference"]}
-
-
-def _load() -> float:
-    """Mean number of running processes over the last minute; more than the cores means noisy times."""
-    return round(os.getloadavg()[0], 2)
 
 
 def report(result: dict[str, Any]) -> str:
@@ -215,4 +173,5 @@ def report(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     _group, _contestant, _size = json.loads(sys.argv[1])
-    print(json.dumps(measure_memory(_group, _contestant, ScanSize(**_size))))
+    with torch.no_grad():
+        print(json.dumps(peak_memory(_contestants(_group, ScanSize(**_size))[_contestant])))

@@ -1,10 +1,69 @@
 """`hf-rsheat bench`: measured speed and memory."""
 
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory beside other people's code.")
+
+
+class Precision(StrEnum):
+    """Type of weights and images."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@app.command("backbone")
+def bench_backbone(
+    models: Annotated[
+        str, typer.Option(help="Names with commas, ratios to the first; `timm:<model>` for timm's.")
+    ] = "convnext-tiny,swin-tiny,vheat-tiny",
+    size: Annotated[str, typer.Option(help="Sides of the images in pixels, with commas.")] = "224",
+    batch: Annotated[str, typer.Option(help="Images at once, with commas.")] = "1",
+    dtype: Annotated[Precision, typer.Option(help="Type of weights and images.")] = Precision.FLOAT32,
+    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Forward and backward pass instead of inference.")] = False,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    memory: Annotated[bool, typer.Option(help="Also measure memory, one fresh process each.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="PNG of time against image size.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
+) -> None:
+    """Whole backbones, ours and others', interleaved in one process."""
+    import json
+
+    from hf_rsheat.benchmarks import backbone, report
+
+    result = backbone.bench_backbone(
+        models.split(","),
+        _numbers("--size", size),
+        _numbers("--batch", batch),
+        repeats=repeats,
+        memory=memory,
+        dtype=dtype.value,
+        compiled=compiled,
+        train=train,
+        threads=threads,
+        device=device,
+    )
+    typer.echo(json.dumps(result, indent=2) if as_json else report.table(result))
+    if chart is not None:
+        report.chart(result, chart)
+    if check is not None:
+        lines = report.check(result, json.loads(check.read_text(encoding="utf-8")))
+        typer.echo("\n".join(["", "Beside the stored ratios:", *lines]), err=as_json)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"whole numbers with commas, got '{text}'.", param_hint=option) from error
 
 
 @app.command("scan")

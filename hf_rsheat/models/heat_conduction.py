@@ -19,14 +19,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .channels_last import (
+    VALUES_IN_CACHE,
+    apply_linear,
+    apply_linear_halves,
+    gated,
+    is_tracing,
+    linear,
+    overwritable,
+)
+
 # Values (not bytes) from which on a tensor derived from the weights is computed each time instead of being kept in eval
 # mode. In float32 this is 8 MiB per layer: everything up to 512 px in the published sizes, little of it at 1024 px.
 MAX_CACHED_VALUES = 2**21
-
-
-def is_tracing() -> bool:
-    """True while `torch.compile`, `torch.export` or `torch.jit.trace` records the program."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def cosine_basis(
@@ -101,21 +106,28 @@ def squared_frequencies(
     return rows[:, None] ** 2 + columns[None, :] ** 2
 
 
-def decay_map(diffusivity: torch.Tensor) -> torch.Tensor:
+def decay_map(diffusivity: torch.Tensor, frequencies: torch.Tensor | None = None) -> torch.Tensor:
     """exp(-k * w**2), the share of each coefficient left after conduction; in (0, 1], 1 at the mean (0, 0).
 
     Args:
         diffusivity: k >= 0, shape `(height, width, channels)`, indexed by frequency.
+        frequencies: [`squared_frequencies`] of these rows, if they are not the whole map.
     """
-    height, width, _ = diffusivity.shape
-    frequencies = squared_frequencies(height, width, dtype=diffusivity.dtype, device=diffusivity.device)
+    if frequencies is None:
+        height, width, _ = diffusivity.shape
+        frequencies = squared_frequencies(height, width, dtype=diffusivity.dtype, device=diffusivity.device)
     return torch.exp(-diffusivity * frequencies[..., None])
 
 
 def conduct_heat(x: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
     """Heat conduction of `x` `(batch, height, width, channels)` under a decay map `(height, width, channels)`."""
-    coefficients = dct2(x)
-    return idct2(coefficients * decay.to(coefficients.dtype))
+    return idct2(attenuated(dct2(x), decay))
+
+
+def attenuated(coefficients: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """coefficients * decay, over the temporary `coefficients` where possible."""
+    decay = decay.to(coefficients.dtype)
+    return coefficients.mul_(decay) if overwritable(coefficients) else coefficients * decay
 
 
 class _OptimizerSteps:
@@ -234,9 +246,10 @@ class HeatConduction(CachingModule):
         """
         dtype = torch.promote_types(frequency_embedding.dtype, torch.float32)
         # exp(-k w^2) spans nine decades: half precision, also autocast's, would lose the slow frequencies.
-        with torch.autocast(device_type=frequency_embedding.device.type, enabled=False):
+        device_type = "cpu" if frequency_embedding.is_meta else frequency_embedding.device.type
+        with torch.autocast(device_type=device_type, enabled=False):
             weight, bias = self.to_diffusivity.weight.to(dtype), self.to_diffusivity.bias.to(dtype)
-            return F.relu(F.linear(frequency_embedding.to(dtype), weight, bias))
+            return F.relu(linear(frequency_embedding.to(dtype), weight, bias))
 
     def decay(self, frequency_embedding: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Decay map `(height, width, inner_dim)` in `dtype`; cached in eval mode (see [`DerivedTensorCache`])."""
@@ -261,8 +274,24 @@ class HeatConduction(CachingModule):
         """
         x = hidden_states
         if self.correction_norm is not None:
-            x = self.correction_norm(F.relu(x + heat_capacity))
+            x = self.correction_norm(F.relu(x + heat_capacity, inplace=True))
         x = self.depthwise_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        signal, gate = self.in_proj(x).chunk(2, dim=-1)
-        signal = conduct_heat(signal, self.decay(frequency_embedding, signal.dtype))
-        return self.out_proj(self.out_norm(signal) * F.silu(gate))
+        gate_and_signal = [*reversed(apply_linear_halves(self.in_proj, x))]
+        del x
+        # Popped: no name may keep the signal in memory while its coefficients are computed.
+        conducted = idct2(self._attenuate(dct2(gate_and_signal.pop()), frequency_embedding))
+        return apply_linear(self.out_proj, gated(self.out_norm(conducted), gate_and_signal.pop()))
+
+    def _attenuate(self, coefficients: torch.Tensor, frequency_embedding: torch.Tensor) -> torch.Tensor:
+        """Coefficients times the decay map; a map too large to be kept is made and used a few rows at a time."""
+        _, height, width, channels = coefficients.shape
+        in_rows = not is_tracing() and coefficients.device.type == "cpu" and overwritable(coefficients)
+        if not in_rows or height * width * channels < MAX_CACHED_VALUES:
+            return attenuated(coefficients, self.decay(frequency_embedding, coefficients.dtype))
+        rows = max(1, VALUES_IN_CACHE // (width * channels))
+        frequencies = squared_frequencies(height, width, device=coefficients.device)
+        for first in range(0, height, rows):
+            part = slice(first, first + rows)
+            decay = decay_map(self.diffusivity(frequency_embedding[part]), frequencies[part])
+            coefficients[:, part] *= decay.to(coefficients.dtype)
+        return coefficients

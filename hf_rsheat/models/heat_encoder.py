@@ -1,10 +1,22 @@
 """Stem, layers and stages that vHeat and RS-vHeat share. Features are `(batch, height, width, channels)` inside."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .channels_last import (
+    VALUES_IN_CACHE,
+    added,
+    apply_linear,
+    gelu,
+    is_tracing,
+    overwritable,
+    per_image_in_cache,
+    strided_conv3x3,
+)
 from .heat_conduction import CachingModule, DerivedTensorCache, HeatConduction
 
 
@@ -34,6 +46,8 @@ class HeatDropPath(nn.Module):
 class HeatStem(nn.Module):
     """Two stride-2 3x3 convolutions with LayerNorm: image to features at a quarter of its size (rounded up)."""
 
+    input_layer = "conv1"
+
     def __init__(self, num_channels: int, dim: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(num_channels, dim // 2, kernel_size=3, stride=2, padding=1)
@@ -49,8 +63,11 @@ class HeatStem(nn.Module):
                 f"{tuple(pixel_values.shape)}. For another number of channels load the model with "
                 "`from_pretrained(..., num_channels=N)`."
             )
-        x = pixel_values.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last)
-        x = F.gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        return per_image_in_cache(self._forward, pixel_values.to(self.conv1.weight.dtype))
+
+    def _forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        x = pixel_values.contiguous(memory_format=torch.channels_last)
+        x = gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -63,7 +80,7 @@ class HeatMLP(nn.Module):
         self.fc2 = PointwiseConv(hidden_dim, dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states)))
+        return apply_linear(self.fc2, apply_linear(self.fc1, hidden_states, "gelu"))
 
 
 class HeatLayer(GradientCheckpointingLayer):
@@ -84,10 +101,13 @@ class HeatLayer(GradientCheckpointingLayer):
             self.layer_scale1 = nn.Parameter(torch.full((dim,), float(config.layer_scale_init_value)))
             self.layer_scale2 = nn.Parameter(torch.full((dim,), float(config.layer_scale_init_value)))
 
-    def _residual(self, hidden_states: torch.Tensor, branch: torch.Tensor, scale: nn.Parameter | None) -> torch.Tensor:
-        if scale is not None:
-            branch = branch * scale
-        return hidden_states + self.drop_path(branch)
+    def _heat_branch(self, x: torch.Tensor, *tables: torch.Tensor | None) -> torch.Tensor:
+        x = self.norm1(self.heat(x, *tables)) if self.post_norm else self.heat(self.norm1(x), *tables)
+        return x if self.layer_scale1 is None else x * self.layer_scale1
+
+    def _mlp_branch(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))
+        return x if self.layer_scale2 is None else x * self.layer_scale2
 
     def forward(
         self,
@@ -96,12 +116,22 @@ class HeatLayer(GradientCheckpointingLayer):
         heat_capacity: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`(batch, height, width, dim)` in and out; tables `(height, width, dim)`."""
-        x, tables = hidden_states, (frequency_embedding, heat_capacity)
-        if self.post_norm:
-            x = self._residual(x, self.norm1(self.heat(x, *tables)), self.layer_scale1)
-            return self._residual(x, self.norm2(self.mlp(x)), self.layer_scale2)
-        x = self._residual(x, self.heat(self.norm1(x), *tables), self.layer_scale1)
-        return self._residual(x, self.mlp(self.norm2(x)), self.layer_scale2)
+
+        def conduct(x: torch.Tensor) -> torch.Tensor:
+            return added(self.drop_path(self._heat_branch(x, frequency_embedding, heat_capacity)), x)
+
+        x = per_image_in_cache(conduct, hidden_states)
+        if self.training or is_tracing() or not overwritable(x):
+            return added(self.drop_path(self._mlp_branch(x)), x)
+        return self._mlp_in_tiles(x)
+
+    def _mlp_in_tiles(self, x: torch.Tensor) -> torch.Tensor:
+        """The second half in inference, added in place to the temporary `x`, one tile of positions after the other."""
+        positions = x.reshape(-1, x.shape[-1])
+        tiles = math.ceil(len(positions) * self.mlp.fc1.out_features / VALUES_IN_CACHE)
+        for tile in positions.chunk(tiles):
+            tile += self._mlp_branch(tile)
+        return positions.view_as(x)
 
 
 class HeatDownsample(nn.Module):
@@ -114,7 +144,7 @@ class HeatDownsample(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, height, width, dim)` to `(batch, ceil(height / 2), ceil(width / 2), out_dim)`."""
-        return self.norm(self.conv(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.norm(strided_conv3x3(self.conv, hidden_states))
 
 
 def resize_table(table: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:

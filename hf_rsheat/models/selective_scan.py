@@ -196,7 +196,7 @@ def selective_scan(
     _check_shapes(arguments)
     traced, exported = torch.compiler.is_compiling(), torch.compiler.is_exporting()
     name = choose_implementation(backend, u.device.type, traced, exported, initial_state is not None)
-    with torch.autocast(device_type=u.device.type, enabled=False):
+    with torch.autocast(device_type="cpu" if u.is_meta else u.device.type, enabled=False):
         y, last_state = IMPLEMENTATIONS[name](arguments)
     y = y.transpose(1, 2)
     return (y, last_state) if return_last_state else y

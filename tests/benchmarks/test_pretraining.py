@@ -2,8 +2,8 @@
 
 import pytest
 
-from hf_rsheat.errors import ConfigurationError
 from hf_rsheat.benchmarks.pretraining import benchmark_pretraining
+from hf_rsheat.errors import ConfigurationError
 
 TINY = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
 TINY |= {"decoder_hidden_size": 32, "decoder_num_attention_heads": 2}

@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from hf_rsheat.benchmarks.scan import ScanSize, bench_scan, measure_time, memory_in_fresh_process, report
 from hf_rsheat.cli import app
 from hf_rsheat.errors import ConfigurationError
-from hf_rsheat.benchmarks.scan import ScanSize, bench_scan, measure_time, memory_in_fresh_process, report
 
 TINY = ScanSize(batch=2, length=40, channels=32, state=4)
 
