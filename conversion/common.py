@@ -78,6 +78,7 @@ class Source:
         settings: Values of the training configuration saved in the file (`post_norm`, `drop_path_rate`,
             `layer_scale_init_value`), as far as there is one.
         class_names: Class names saved by mmengine, if any.
+        config_text: Training configuration saved by mmengine, as text.
     """
 
     tensors: dict[str, Tensor]
@@ -88,15 +89,19 @@ class Source:
     weights: str
     source_name: str
     source_sha256: str
+    config_text: str = ""
 
 
-def open_checkpoint(path: str | Path, weights: str, droppable: Mapping[str, str] | None = None) -> Source:
+def open_checkpoint(
+    path: str | Path, weights: str, droppable: Mapping[str, str] | None = None, *, keep_heads: bool = False
+) -> Source:
     """Read a checkpoint, choose its weights, strip the prefixes and set aside what may be dropped.
 
     Args:
         path: A .pth, .pt or .safetensors file.
         weights: "model" or "model_ema".
         droppable: Patterns of bare names that may be left out -> the reason, beside the heads of other frameworks.
+        keep_heads: Whether necks and heads of other frameworks are wanted and not left out.
 
     Raises:
         CheckpointError: The file cannot be read, has no such weights, or has been stripped for inference.
@@ -106,7 +111,8 @@ def open_checkpoint(path: str | Path, weights: str, droppable: Mapping[str, str]
     entry, tensors = select_weights(checkpoint, weights)
     logger.info("%s: reading the weights under '%s' (%d tensors).", path.name, entry, len(tensors))
     source = Source({}, {}, {}, saved_settings(checkpoint), _class_names(checkpoint), entry, path.name, _sha256(path))
-    rules, clashes = {**_DROPPABLE, **(droppable or {})}, []
+    source.config_text = str(_dict_in(checkpoint, "meta").get("cfg", ""))
+    rules, clashes = {**({} if keep_heads else _DROPPABLE), **(droppable or {})}, []
     for name, tensor in tensors.items():
         bare = strip_prefixes(name)
         reason = next((reason for rule, reason in rules.items() if re.search(rule, bare)), None)

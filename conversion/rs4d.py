@@ -1,4 +1,4 @@
-"""Convert RS4D backbones (arXiv 2606.25324; bare, multi-GPU and mmengine files) for transformers.
+"""Convert RS4D (arXiv 2606.25324) for transformers: backbones (bare, multi-GPU and mmengine files) and detectors.
 
     python conversion/rs4d.py model_parameterskk.pth my-rs4d-base
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_rsheat.conversion import rs4d_instances
 from hf_rsheat.conversion.common import (
     ConversionResult,
     Source,
@@ -22,12 +23,14 @@ from hf_rsheat.conversion.common import (
     logger,
     open_checkpoint,
     run_script,
+    strip_prefixes,
 )
 from hf_rsheat.errors import CheckpointError, ConfigurationError
 from hf_rsheat.hub import export
 from hf_rsheat.models.configuration_rs4d import RS4DConfig
 from hf_rsheat.models.image_processing_rs4d import RS4DImageProcessor
 from hf_rsheat.models.modeling_rs4d import RS4DModel, resize_positions
+from hf_rsheat.models.modeling_rs4d_instances import RS4DForInstanceSegmentation
 
 RESIZE = "bicubic"
 
@@ -130,10 +133,15 @@ def load(
     weights: str = "model",
     overrides: Mapping[str, Any] | None = None,
     image_size: int | tuple[int, int] | None = None,
-) -> tuple[RS4DModel, ConversionResult]:
+) -> tuple[RS4DModel | RS4DForInstanceSegmentation, ConversionResult]:
     """Build the model a checkpoint holds, with its weights, in eval mode; and the account of its tensors."""
     source = open_checkpoint(checkpoint, weights, _DROPPABLE)
-    model, result = assemble(source, overrides=overrides, image_size=image_size)
+    model: RS4DModel | RS4DForInstanceSegmentation
+    if any(strip_prefixes(name) == rs4d_instances.MARK for name in source.dropped):
+        source = open_checkpoint(checkpoint, weights, keep_heads=True)
+        model, result = rs4d_instances.assemble(source, overrides=overrides, image_size=image_size)
+    else:
+        model, result = assemble(source, overrides=overrides, image_size=image_size)
     for note in result.notes:
         logger.warning("%s: %s", source.source_name, note)
     for name, reason in result.dropped.items():
@@ -145,6 +153,17 @@ def assemble(
     source: Source, *, overrides: Mapping[str, Any] | None = None, image_size: int | tuple[int, int] | None = None
 ) -> tuple[RS4DModel, ConversionResult]:
     """As `load`, from a checkpoint that is already open."""
+    config, result, unmapped = rename(source, overrides=overrides, image_size=image_size)
+    model = RS4DModel(config)
+    names = tensor_names(config.num_hidden_layers)
+    load_strictly(model, result, unmapped, {ours: theirs for theirs, ours in names.items()})
+    return model, result
+
+
+def rename(
+    source: Source, *, overrides: Mapping[str, Any] | None = None, image_size: int | tuple[int, int] | None = None
+) -> tuple[RS4DConfig, ConversionResult, list[str]]:
+    """The configuration, the tensors under our names, and the names in the file that no rule knows."""
     fields, notes = infer_fields(source, overrides or {})
     config = build_config(RS4DConfig, fields, overrides)
     names = tensor_names(config.num_hidden_layers)
@@ -161,9 +180,7 @@ def assemble(
         resized = build_config(RS4DConfig, fields, {**(overrides or {}), "image_size": image_size})
         _resize(result.state_dict, config, resized)
         config = resized
-    model = RS4DModel(config)
-    load_strictly(model, result, unmapped, {ours: theirs for theirs, ours in names.items()})
-    return model, result
+    return config, result, unmapped
 
 
 def _resize(state: dict[str, Tensor], old: RS4DConfig, new: RS4DConfig) -> None:
@@ -175,13 +192,14 @@ def _resize(state: dict[str, Tensor], old: RS4DConfig, new: RS4DConfig) -> None:
         state[name][:, :start], state[name][:, start:] = table[:, :start], grid
 
 
-def _processor(model: RS4DModel) -> RS4DImageProcessor:
-    height, width = model.config.image_size_pair
+def _processor(model: RS4DModel | RS4DForInstanceSegmentation) -> RS4DImageProcessor:
+    config = getattr(model.config, "backbone_config", model.config)
+    height, width = config.image_size_pair
     options: dict[str, Any] = {}
-    if model.config.num_channels != 3:  # statistics of other sensors were never published: ours, for values 0 to 1
-        options = {
-            name: [value] * model.config.num_channels for name, value in (("image_mean", 0.5), ("image_std", 0.25))
-        }
+    if isinstance(model, RS4DForInstanceSegmentation):
+        options = {"mask_layout": model.config.mask_layout, "return_pixel_mask": True}
+    if config.num_channels != 3:  # statistics of other sensors were never published: ours, for values 0 to 1
+        options |= {name: [value] * config.num_channels for name, value in (("image_mean", 0.5), ("image_std", 0.25))}
     return RS4DImageProcessor(size={"height": height, "width": width}, **options)
 
 
@@ -194,15 +212,18 @@ def convert(
     image_size: int | tuple[int, int] | None = None,
     resize: str = RESIZE,
 ) -> Path:
-    """Convert an RS4D backbone into a Hub-ready folder with an `RS4DModel`; `RS4DBackbone` loads it as well.
+    """Convert an RS4D checkpoint into a Hub-ready folder.
 
-    All sizes come from the tensors. Detector files give their backbone; neck and heads are left out, which is logged.
+    A backbone becomes an `RS4DModel`, whose folder `RS4DBackbone` loads as well; a detector, with either head, an
+    `RS4DForInstanceSegmentation` with the class names of the file. Sizes come from the tensors. A file with a backbone
+    and other heads gives the backbone, and what is left out is logged.
 
     Args:
         checkpoint: .pth, .pt or .safetensors file; nothing in it is executed.
         output_dir: Folder to write, with weights, configuration, image processor, code, card and provenance.json.
         weights: "model" or "model_ema": which weights of a training checkpoint.
-        overrides: `RS4DConfig` fields that win over what was inferred; `image_size` if the table is not square.
+        overrides: Fields of `RS4DConfig` (of a detector: or `RS4DInstanceConfig`) that win over what was inferred, like
+            `image_size` if the table is not square.
         image_size: Resize the position table to this input size, pixels.
         resize: How; only "bicubic", as at run time.
 

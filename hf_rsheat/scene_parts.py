@@ -201,9 +201,11 @@ def wake(canvas: Canvas, centre: Array, length: float, angle: float) -> None:
             canvas.stroke(line, 0.9, still + (foam - still) * share, -15)
 
 
-def ship(canvas: Canvas, centre: Array, length: float, angle: float) -> None:
-    """A cargo ship: pointed bow along `angle`, bridge astern, hatches or boxes on deck."""
-    rng, width = canvas.rng, length / canvas.rng.uniform(4.2, 5.6)
+def ship(
+    canvas: Canvas, centre: Array, length: float, angle: float, slenderness: tuple[float, float] = (4.2, 5.6)
+) -> None:
+    """A cargo ship: pointed bow along `angle`, bridge astern, hatches or boxes on deck; length by beam is drawn."""
+    rng, width = canvas.rng, length / canvas.rng.uniform(*slenderness)
     along, across = axes(angle)
     centre = np.asarray(centre, np.float32)
 

@@ -97,7 +97,7 @@ def evaluate(
         "model": {"name": name, "weights_sha256": weights_digest(model_dir), **result.pop("model")},
         "dataset": {"name": dataset_name or folder, **result.pop("dataset")},
         **result,
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "versions": package_versions(_PACKAGES),
         "command": f"hf-rsheat evaluate {name} --data {folder} --task {task}{settings}",
     }
     if output_json is not None:
@@ -134,7 +134,7 @@ def _probe_model(
     dataset = data.describe(labels, unreadable)
     ours = cross_validate(vectors, labels, task, folds, repeats, k)
     result: dict[str, Any] = {
-        "model": _describe_model(extractor.model),
+        "model": describe_model(extractor.model),
         "dataset": dataset,
         "protocol": _protocol(task, folds, repeats, k),
         "metrics": {name: corrected_interval(scores, folds) for name, scores in ours.items()},
@@ -191,7 +191,7 @@ def _classify(model_dir: str, data: _Labelled, modality: str | None) -> dict[str
     seen = sorted({*truth.tolist(), *predicted.tolist()})
     rates = precision_recall_fscore_support(truth, predicted, labels=seen, zero_division=0)
     return {
-        "model": _describe_model(model),
+        "model": describe_model(model),
         "dataset": dataset,
         "protocol": "predictions on every image of the folder; Wilson's 95 % interval",
         "metrics": {"accuracy": wilson_interval(int((truth == predicted).sum()), len(truth))},
@@ -206,13 +206,19 @@ def _classify(model_dir: str, data: _Labelled, modality: str | None) -> dict[str
     }
 
 
-def _describe_model(model: Any) -> dict[str, Any]:
+def describe_model(model: Any) -> dict[str, Any]:
+    """What a result says of the model it was measured on."""
     return {
         "class": type(model).__name__,
         "model_type": model.config.model_type,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "revision": getattr(model.config, "_commit_hash", None),
     }
+
+
+def package_versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Installed versions by package name; None where one is not installed."""
+    return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str | None:

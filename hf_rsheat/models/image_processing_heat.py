@@ -148,13 +148,14 @@ class HeatImageProcessor(BaseImageProcessor):
         """Refuse statistics that cannot belong together as soon as the processor is built."""
         check_statistics(self.image_mean, self.image_std)
 
-    def preprocess(self, images: Any, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
+    def preprocess(self, images: Any, segmentation_maps: Any = None, *annotations: Any, **kwargs: Any) -> BatchFeature:
         """Turn images into model input.
 
         Args:
             images: one image, a batch array or a list; see the class.
             segmentation_maps: class indices `(height, width)`, one per image, of the same sizes as the images; resized
                 with the nearest neighbour and cropped alike, returned as int64 `labels` `(batch, height, width)`.
+            annotations: whatever else a subclass takes to go with the images.
             kwargs: any option of the processor, for this call only.
 
         Returns:
@@ -165,14 +166,14 @@ class HeatImageProcessor(BaseImageProcessor):
         """
         # A saved 1/255 is the uint8 convention; any other factor was somebody's choice for their data.
         explicit = kwargs.get("rescale_factor") is not None or self.rescale_factor != UINT8_FACTOR
-        return super().preprocess(images, segmentation_maps, explicit, **plain_floats(kwargs))
+        return super().preprocess(images, segmentation_maps, explicit, *annotations, **plain_floats(kwargs))
 
     def _validate_preprocess_kwargs(self, crop_size: Any = None, size: Any = None, **kwargs: Any) -> None:
         # Without crop_size the crop is `size`, which the base class does not know.
         super()._validate_preprocess_kwargs(crop_size=crop_size or size, size=size, **kwargs)
 
     def _preprocess_image_like_inputs(
-        self, images: Any, segmentation_maps: Any, factor_is_explicit: bool, **options: Any
+        self, images: Any, segmentation_maps: Any, factor_is_explicit: bool, *annotations: Any, **options: Any
     ) -> BatchFeature:
         data_format = options.get("data_format")
         if getattr(data_format, "value", data_format) not in (None, "channels_first"):
@@ -190,7 +191,11 @@ class HeatImageProcessor(BaseImageProcessor):
         if segmentation_maps is not None:
             maps = self._label_maps(segmentation_maps, tensors, **options)
             data["labels"] = [label[0] for label in self._collate(maps, IGNORED_LABEL, **options)]
-        return BatchFeature(data=data, tensor_type=options["return_tensors"])
+        batch = BatchFeature(data=data, tensor_type=options["return_tensors"])
+        return self._annotate(batch, tensors, *annotations, **options) if annotations else batch
+
+    def _annotate(self, batch: BatchFeature, images: list[torch.Tensor], *annotations: Any, **options: Any) -> Any:
+        raise ImageFormatError(f"{type(self).__name__} takes no annotations beside images and segmentation_maps")
 
     def process_image(self, image: Any, factor_is_explicit: bool = False, **options: Any) -> torch.Tensor:
         """Return one checked image as `(channels, height, width)`: uint8 as stored, all else float32 and rescaled."""
