@@ -147,6 +147,26 @@ def draw(explanation: Explanation, path: str | Path) -> Path:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
+    figure = new_figure(16, 12.4)
+    axes = [[_panel(figure, row, column) for column in range(3)] for row in range(2)]
+    error = float(np.abs(explanation.reconstruction - explanation.image).mean())
+    cut = f"masked input, radius {explanation.mask_radius:.2f} of the spectrum's diagonal"
+    show(axes[0][0], explanation.image, "Image", "as the model receives it")
+    show(axes[0][1], explanation.low_cut, "Low frequencies removed", cut)
+    show(axes[0][2], explanation.high_cut, "High frequencies removed", cut)
+    show(axes[1][0], explanation.reconstruction, "Reconstruction", f"mean absolute error {error:.3f} on a 0-1 scale")
+    _draw_diffusivity(figure, axes[1][1], explanation)
+    _draw_response(figure, axes[1][2], explanation)
+    figure.savefig(path)
+    return Path(path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of a size in inches, at 100 pixels per inch.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -155,19 +175,9 @@ def draw(explanation: Explanation, path: str | Path) -> Path:
 
         raise MissingExtraError("matplotlib", "viz", "Drawing figures") from error
     # No pyplot: it would keep the figure alive and touch the caller's backend.
-    figure = Figure(figsize=(16, 12.4), dpi=100)
+    figure = Figure(figsize=(width, height), dpi=100)
     FigureCanvasAgg(figure)
-    axes = [[_panel(figure, row, column) for column in range(3)] for row in range(2)]
-    error = float(np.abs(explanation.reconstruction - explanation.image).mean())
-    cut = f"masked input, radius {explanation.mask_radius:.2f} of the spectrum's diagonal"
-    _show(axes[0][0], explanation.image, "Image", "as the model receives it")
-    _show(axes[0][1], explanation.low_cut, "Low frequencies removed", cut)
-    _show(axes[0][2], explanation.high_cut, "High frequencies removed", cut)
-    _show(axes[1][0], explanation.reconstruction, "Reconstruction", f"mean absolute error {error:.3f} on a 0-1 scale")
-    _draw_diffusivity(figure, axes[1][1], explanation)
-    _draw_response(figure, axes[1][2], explanation)
-    figure.savefig(path)
-    return Path(path)
+    return figure
 
 
 def _panel(figure: Any, row: int, column: int) -> Any:
@@ -182,7 +192,8 @@ def _title(axis: Any, title: str, subtitle: str) -> None:
     axis.text(0.5, 1.02, subtitle, transform=axis.transAxes, ha="center", va="bottom", fontsize=13, color="0.3")
 
 
-def _show(axis: Any, picture: NDArray[np.float32], title: str, subtitle: str) -> None:
+def show(axis: Any, picture: NDArray[np.float32], title: str, subtitle: str) -> None:
+    """Draw a picture (height, width, channels) of 0 to 1, with a title and a line below it."""
     axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_axis_off()
     _title(axis, title, subtitle)

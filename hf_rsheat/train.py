@@ -12,7 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .errors import HFRSHeatError
+from .errors import HFRSHeatError, RunInterrupted
+from .training.launcher import follow_launcher, resume_command
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -28,6 +29,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="CHECKPOINT",
         help="continue from the newest sound checkpoint of output_dir, or from the given one",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check recipe, data and model, print the plan, and write nothing"
+    )
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe entries, e.g. batch_size=32")
     options = parser.parse_intermixed_args(arguments)
@@ -39,15 +43,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def _configure_logging() -> None:
     """Messages of the main process on stderr; the others only warn."""
-    is_main = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("hf_rsheat").setLevel(logging.INFO if is_main else logging.ERROR)
+    logging.getLogger("hf_rsheat").setLevel(logging.INFO if _is_main() else logging.ERROR)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for errors, 130 after Ctrl-C."""
+    """Run the command line; returns the exit status: 0, 1 for errors, 143 after SIGTERM, 130 after Ctrl-C."""
+    follow_launcher()
     options = _parse(arguments)
     _configure_logging()
     # Imported here: `--help` and typing errors should not wait for torch.
@@ -55,20 +63,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from .training.loop import train
+    from .training.planning import dry_run
     from .training.recipe import load_recipe
 
     disable_progress_bar()  # one bar is enough: saving the weights of a checkpoint would draw its own
     try:
         recipe = load_recipe(options.config, options.overrides)
+        if options.dry_run:
+            plan = dry_run(recipe, resume=options.resume)
+            if _is_main():
+                print(plan)
+            return 0
         with logging_redirect_tqdm():
             train(recipe, resume=options.resume)
+    except RunInterrupted as stopped:
+        if _is_main():
+            command = resume_command(sys.argv[1:] if arguments is None else arguments, options.resume)
+            print(f"{stopped} Continue with:\n    {command}", file=sys.stderr)
+        return stopped.status
     except (HFRSHeatError, OSError) as error:
         if options.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted. Continue with --resume.", file=sys.stderr)
+        print("Interrupted.", file=sys.stderr)
         return 130
     return 0
 

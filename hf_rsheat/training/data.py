@@ -1,5 +1,6 @@
 """From batch plans to tensors: reading, preparing and collating, in worker processes or not."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -8,10 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import DataError
-from .image_folder import DecodedSample, Sample, decode
+from ..errors import DataError, HFRSHeatError
+from .image_folder import DecodedSample, Sample, check_content, decode
 from .randomness import generator
 from .sampler import BatchPlan
+from .signals import detach_loader
 
 Batch = dict[str, Any]
 
@@ -29,14 +31,20 @@ class LoadedBatch(NamedTuple):
     Args:
         plan: Where the batch belongs.
         batch: Collated tensors; never empty.
-        images: Number of usable samples; 0 marks a stand-in that takes part in the step without weight.
+        indices: Samples of the plan that the batch holds, in its order; none marks a stand-in that takes part in the
+            step without weight.
         skipped: Images of the plan that cannot be used.
     """
 
     plan: BatchPlan
     batch: Batch
-    images: int
+    indices: list[int]
     skipped: list[Skipped]
+
+    @property
+    def images(self) -> int:
+        """Number of usable samples."""
+        return len(self.indices)
 
 
 class Preparation(Protocol):
@@ -69,20 +77,24 @@ class BatchReader(Dataset):
 
     def __getitem__(self, plan: BatchPlan) -> LoadedBatch:
         ready: list[Batch] = []
+        usable: list[int] = []
         skipped: list[Skipped] = []
         for index in plan.indices:
-            sample = self.samples[index]
+            number = index % len(self.samples)  # copies of a sample have indices of their own
+            sample = self.samples[number]
             path = ""
             images: dict[str, torch.Tensor] = {}
             try:
                 for modality, path in sample.files:
                     images[modality] = decode(self.folder / path, self.preparation.channels(modality))
+                    check_content(images[modality])
                 rng = generator("sample", self.seed, plan.epoch, index)
                 ready.append(self.preparation.prepare(DecodedSample(images, sample.label), rng))
+                usable.append(number)
             except DataError as error:
                 skipped.append(Skipped(path, str(error)))
         batch = self.preparation.collate(ready) if ready else self.preparation.stand_in(plan.group)
-        return LoadedBatch(plan, batch, len(ready), skipped)
+        return LoadedBatch(plan, batch, usable, skipped)
 
 
 class _Plans(Sampler):
@@ -95,6 +107,25 @@ class _Plans(Sampler):
         return self._plans
 
 
+class _Reporting(Dataset):
+    """Hands over our errors instead of raising them: a `DataLoader` would bury their sentence in a traceback."""
+
+    def __init__(self, reader: BatchReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | HFRSHeatError:
+        try:
+            return self._reader[plan]
+        except HFRSHeatError as error:
+            return error
+
+
+def _raised(loaded: LoadedBatch | HFRSHeatError) -> LoadedBatch:
+    if isinstance(loaded, HFRSHeatError):
+        raise loaded
+    return loaded
+
+
 def _unchanged(loaded: Any) -> Any:
     return loaded
 
@@ -104,11 +135,14 @@ def load_batches(
 ) -> Iterator[LoadedBatch]:
     """Loaded batches in the order of their plans; the number of workers changes nothing but speed."""
     loader = DataLoader(
-        reader,
+        _Reporting(reader),
         sampler=_Plans(plans),
         batch_size=None,  # a plan is a whole batch already
         num_workers=num_workers,
         collate_fn=_unchanged,
+        worker_init_fn=detach_loader,
+        # A child of this process, not of a fork server (the default from Python 3.14 on), so that it dies with it.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         pin_memory=pin_memory,
     )
-    return iter(loader)
+    return map(_raised, loader)

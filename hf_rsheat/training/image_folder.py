@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..errors import ConfigurationError, DataError
+from ..errors import DataError
+from .archives import ARCHIVE_SUFFIXES, members, read_member
+from .geotiff import read_raster, require_rasterio
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"})
+PLAIN_CHANNELS = (1, 3)  # what image files hold
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,19 @@ class DecodedSample:
 
 
 def image_paths(folder: Path) -> list[str]:
-    """Relative POSIX paths of all images below a folder, sorted. Links are followed, but no directory is read twice."""
+    """Relative POSIX paths of all images below a folder, sorted; tar and Parquet files count as folders.
+
+    Links are followed, but no directory is read twice.
+
+    Raises:
+        DataError: If there are none, or an archive cannot be read.
+    """
     if not folder.is_dir():
         raise DataError(f"image_folder '{folder}' is not a folder: set image_folder to a folder of images.")
     paths = sorted(_walk(folder))
     if not paths:
-        raise DataError(f"No images below '{folder}': expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES | ARCHIVE_SUFFIXES))
+        raise DataError(f"No images below '{folder}': expected files ending in {suffixes}.")
     return paths
 
 
@@ -62,8 +72,20 @@ def _walk(folder: Path) -> Iterator[str]:
         # Sorted: which of two links to one directory is read must not depend on the file system.
         directories[:] = sorted(name for name in directories if not name.startswith("."))
         for name in files:
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield (Path(root) / name).relative_to(folder).as_posix()
+            path = Path(root) / name
+            suffix = path.suffix.lower()
+            if name.startswith("."):
+                continue
+            if suffix in IMAGE_SUFFIXES:
+                yield path.relative_to(folder).as_posix()
+            elif suffix in ARCHIVE_SUFFIXES:
+                yield from (f"{path.relative_to(folder).as_posix()}/{member}" for member in _images_of(path))
+
+
+def _images_of(archive: Path) -> Iterator[str]:
+    for member in members(archive):
+        if archive.suffix.lower() == ".parquet" or PurePosixPath(member).suffix.lower() in IMAGE_SUFFIXES:
+            yield member
 
 
 def scan_modalities(folder: Path, modalities: Sequence[str], default: str) -> list[Sample]:
@@ -93,6 +115,15 @@ def scan_modalities(folder: Path, modalities: Sequence[str], default: str) -> li
     return samples
 
 
+def pair_up(scenes: list[Sample]) -> list[Sample]:
+    """Scenes of more than two sensors as one pair per further sensor, since losses compare two at a time."""
+    samples: list[Sample] = []
+    for scene in scenes:
+        first, *others = scene.files
+        samples += [Sample((first, other)) for other in others] or [scene]
+    return samples
+
+
 def scan_classes(folder: Path, modality: str) -> tuple[list[Sample], list[str]]:
     """Samples and class names of a folder with one sub-folder per class.
 
@@ -114,35 +145,57 @@ def decode(path: Path, channels: int) -> torch.Tensor:
     """Read an image file, turned upright.
 
     Args:
-        path: The file.
-        channels: 1 or 3; 8-bit images are converted to grey or RGB.
+        path: The file; it may lie in a tar or Parquet file (`shard.tar/scene.png`).
+        channels: 1 or 3; 8-bit images are converted to grey or RGB. Other numbers are bands of a raster.
 
     Returns:
-        `(channels, height, width)`, values as stored: uint8, int32 (16 and 32 bit) or float32.
+        `(channels, height, width)`, values as stored: uint8, int32 (16 and 32 bit) or float32, all finite. Of an
+        animation, the first frame.
 
     Raises:
         DataError: If the file cannot be used; the message says why.
     """
+    source = path if path.is_file() else read_member(path)
+    if source is None:  # opening a pipe would wait for a writer
+        raise DataError("cannot be read: it is no file, or a link to none")
+    if channels not in PLAIN_CHANNELS:
+        return read_raster(source, channels)
     try:
-        with Image.open(path) as opened:
+        with Image.open(source) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot be read: {error}") from error
+    except Exception as error:  # on malformed files, decoders raise whatever their arithmetic comes to
+        reason = str(error).replace(f" {str(path)!r}", "").replace(f" {source!r}", "")  # equal for equal causes
+        raise DataError(f"cannot be read: {reason}") from error
     if image.mode.startswith(("I", "F")):  # more than 8 bit: converting would clip
         if channels != 1:
             raise DataError(f"has 1 channel, the model expects {channels}")
         pixels = np.asarray(image).astype(np.float32 if image.mode == "F" else np.int32)[None]
+        if not np.isfinite(pixels).all():
+            raise DataError("has pixels that are not finite")
     else:
         image = image.convert("L" if channels == 1 else "RGB")
         pixels = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
     return torch.from_numpy(np.array(pixels, order="C"))
 
 
+def check_content(image: torch.Tensor) -> None:
+    """Refuse an image without content, such as a tile of nothing but nodata.
+
+    Raises:
+        DataError: If all its pixels are equal.
+    """
+    corner = image[:, :1, :1]
+    if torch.equal(image[:, :1], corner.expand_as(image[:, :1])) and torch.equal(image, corner.expand_as(image)):
+        raise DataError("has no content: all pixels are equal")
+
+
 def check_modalities(modalities: dict[str, int]) -> None:
-    """Refuse modalities that image files cannot hold."""
+    """Refuse modalities whose files cannot be read here.
+
+    Raises:
+        MissingExtraError: If one has neither 1 nor 3 channels, and rasterio is not installed.
+    """
     for name, channels in modalities.items():
-        if channels not in (1, 3):
-            raise ConfigurationError(
-                f"Modality '{name}' has {channels} channels; training from an image folder reads files of 1 or 3."
-            )
+        if channels not in PLAIN_CHANNELS:
+            require_rasterio(f"Modality '{name}' of {channels} channels")

@@ -1,4 +1,5 @@
-"""What a run writes down: `log.jsonl` (one line a step) and `skipped.jsonl` (one line per unusable image)."""
+"""What a run writes down: `log.jsonl` (a line per step), `skipped.jsonl` (a line per unusable image), and the step
+that made it give up."""
 
 import json
 import os
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .data import Skipped
+
+NOT_FINITE = "not_finite.json"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -32,6 +35,9 @@ class Journal:
     Args:
         folder: The run folder.
         step: Steps done so far; later lines of the log belong to a future that is being repeated and are dropped.
+
+    Attributes:
+        skipped: Why each image that could not be used so far could not, by path.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -42,21 +48,21 @@ class Journal:
         draft.unlink(missing_ok=True)
         _append(draft, kept)
         draft.replace(self._log)
-        self._known = {record["path"] for record in read_lines(self._skipped)}
-
-    @property
-    def skipped(self) -> int:
-        """Number of different images that could not be used so far."""
-        return len(self._known)
+        self.skipped = {record["path"]: record["reason"] for record in read_lines(self._skipped)}
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
         """Append log lines."""
         _append(self._log, records)
 
+    def give_up(self, record: dict[str, Any], files: list[list[str]]) -> None:
+        """Note the step whose loss or gradient is not finite, with the files of its samples."""
+        text = json.dumps({**record, "files": files}, indent=2)
+        (self._log.parent / NOT_FINITE).write_text(text, encoding="utf-8")
+
     def skip(self, images: Iterable[Skipped]) -> list[Skipped]:
         """List images as unusable; returns those that were not listed before."""
-        new = {image.path: image for image in images if image.path not in self._known}
+        new = {image.path: image for image in images if image.path not in self.skipped}
         if new:
-            self._known |= new.keys()
+            self.skipped |= {image.path: image.reason for image in new.values()}
             _append(self._skipped, (image._asdict() for image in new.values()))
         return list(new.values())

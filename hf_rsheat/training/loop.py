@@ -1,39 +1,46 @@
 """The training loop: every objective, any number of processes, one Accelerate loop."""
 
 import hashlib
-import importlib.util
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ..errors import ConfigurationError, DataError, HFRSHeatError, TransferError
-from ..hub import export
-from ..hub.push import push
-from .checkpoint import TrainerState, load_optimizer, load_state, prune_checkpoints, save_checkpoint
-from .data import Batch, BatchReader, LoadedBatch, load_batches
-from .monitor import Monitor, StepResult
+from ..errors import ConfigurationError, DataError, RunInterrupted
+from .averaging import WeightAverage
+from .checkpoint import (
+    TrainerState,
+    checkpoint_path,
+    gather_optimizer,
+    load_optimizer,
+    load_state,
+    load_tensors,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from .data import BatchReader, LoadedBatch, load_batches
+from .environment import agree_on_checkpoint, build_accelerator, start_trackers
+from .locking import run_lock
+from .monitor import Monitor
 from .objectives import Objective, get_objective
-from .optimization import build_optimizer, learning_rate
+from .optimization import build_optimizer
+from .pictures import write_picture
+from .pruning import Pruning
+from .publishing import publish
 from .randomness import derive_seed
 from .recipe import Recipe
-from .resume import find_checkpoint
-from .sampler import GlobalBatchSampler
+from .sampler import build_sampler
+from .selection import Selection
+from .signals import StopRequest
+from .step import Stepper, to_device
 
 logger = logging.getLogger(__name__)
-
-_NOT_ON_THE_CARD = frozenset(
-    {"image_folder", "output_dir", "save_steps", "keep_checkpoints", "num_workers", "logging_steps", "hub_model_id"}
-)
 
 
 def train(recipe: Recipe, resume: bool | str | Path = False) -> Path:
@@ -49,85 +56,85 @@ def train(recipe: Recipe, resume: bool | str | Path = False) -> Path:
     Raises:
         ConfigurationError: If the recipe cannot be run as it is, or `output_dir` holds another run.
         CheckpointError: If a checkpoint or the folder to start from does not fit.
+        CheckpointWriteError: If a checkpoint cannot be written; the one before is intact.
         DataError: If no image can be used.
         TrainingError: If the loss is not finite.
+        RunInUseError: If another process is writing to `output_dir`.
+        RunInterrupted: After SIGTERM or SIGINT, when a checkpoint is saved.
     """
-    checkpoint = find_checkpoint(recipe, resume)
-    objective = get_objective(recipe.objective)(recipe, checkpoint)
+    objective_class = get_objective(recipe.objective)
+    with run_lock(Path(recipe.output_dir)):
+        accelerator = build_accelerator(recipe, objective_class)
+        checkpoint = agree_on_checkpoint(recipe, resume, accelerator.is_main_process)
+        objective = objective_class(recipe, checkpoint)
+        check_objective(recipe, objective)
+        return _Run(recipe, objective, accelerator, checkpoint).run()
+
+
+def check_objective(recipe: Recipe, objective: Objective) -> None:
+    """Refuse settings that an objective cannot keep."""
     if recipe.gradient_accumulation_steps > 1 and not objective.counts_from_data:
         raise ConfigurationError(
             f"objective '{recipe.objective}' cannot accumulate gradients: set gradient_accumulation_steps to 1."
         )
-    return _Run(recipe, objective, checkpoint).run()
-
-
-def _build_accelerator(recipe: Recipe, objective: Objective) -> Accelerator:
-    find_unused = not objective.every_parameter_every_step
-    refusal = f"mixed_precision '{recipe.mixed_precision}' does not work on this machine: use bf16 or no."
-    try:
-        accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision,
-            log_with="tensorboard" if importlib.util.find_spec("tensorboard") else None,
-            project_dir=recipe.output_dir,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
+    if recipe.prune_ratio and not objective.addends_per_image:
+        raise ConfigurationError(
+            f"objective '{recipe.objective}' has no loss per image to prune by: set prune_ratio to 0."
         )
-    except ValueError as error:
-        raise ConfigurationError(f"{refusal} ({error})") from error
-    if recipe.mixed_precision != "no" and not accelerator.native_amp:
-        raise ConfigurationError(refusal)  # Accelerate would train in float32 without a word
-    return accelerator
+    if recipe.manifest is not None and not objective.reads_manifest:
+        raise ConfigurationError(f"objective '{recipe.objective}' finds its images itself: remove manifest.")
+    if recipe.picture_steps and type(objective).picture is Objective.picture:
+        raise ConfigurationError(f"objective '{recipe.objective}' has no picture to draw: remove picture_steps.")
 
 
-def _recompute_activations(model: PreTrainedModel) -> None:
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Have a model keep only what enters its blocks, and compute the rest again in the backward pass."""
     # transformers renamed the method on its way from 5.20, our floor, to 6.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
-def _card_context(recipe: Recipe) -> dict[str, Any]:
-    """What the exported card says of the training: settings that decide the result, and no paths of this machine."""
-    settings = {name: value for name, value in asdict(recipe).items() if name not in _NOT_ON_THE_CARD}
-    settings["model"] = recipe.model_fields
-    start = "random weights" if recipe.pretrained is None else f"the weights of `{Path(recipe.pretrained).name}`"
-    context = {
-        "recipe": settings,
-        "dataset": Path(recipe.image_folder).resolve().name,
-        "source": f"trained with this package, starting from {start}",
-        "model_name": Path(recipe.output_dir).resolve().name,
-    }
-    if recipe.hub_model_id is not None:
-        context |= {"repo_id": recipe.hub_model_id, "model_name": recipe.hub_model_id.split("/")[-1]}
-    return context
+def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose dotted name begins with a prefix, by the rest of it."""
+    return {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 class _Run:
     """One run of a recipe in one process."""
 
-    def __init__(self, recipe: Recipe, objective: Objective, checkpoint: Path | None) -> None:
+    def __init__(self, recipe: Recipe, objective: Objective, accelerator: Accelerator, checkpoint: Path | None) -> None:
         self.recipe = recipe
         self.objective = objective
+        self.accelerator = accelerator
         self.output_dir = Path(recipe.output_dir)
-        self.terms = objective.term_weights
-        self.sampler = GlobalBatchSampler([s.group for s in objective.samples], recipe.batch_size, recipe.seed)
+        self.sampler = build_sampler(recipe, objective.samples)
         listing = repr([(sample.files, sample.label) for sample in objective.samples])
-        self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()
-        self.accelerator = _build_accelerator(recipe, objective)
-        self.empty_steps = 0
+        self.fingerprint = hashlib.sha256((listing + objective.data_digest).encode()).hexdigest()
+        self.pruning = Pruning(self.sampler, len(objective.samples), recipe) if recipe.prune_ratio else None
         self.first_step = 0
+        self.saved = checkpoint or checkpoint_path(self.output_dir, 0)  # there is none of step 0
 
         torch.manual_seed(derive_seed("weights", recipe.seed))
         self.bare_model = objective.build_model()
         if recipe.gradient_checkpointing:
-            _recompute_activations(self.bare_model)
-        self.bare_optimizer = build_optimizer(self.bare_model, recipe, self.accelerator.device)
-        self.model, self.optimizer = self.accelerator.prepare(self.bare_model, self.bare_optimizer)
+            recompute_activations(self.bare_model)
+        if recipe.torch_compile:
+            self.bare_model.compile()  # in place: the names of the weights stay
+        self.bare_optimizer = build_optimizer(self.bare_model, recipe, accelerator.device)
+        self.model, self.optimizer = accelerator.prepare(self.bare_model, self.bare_optimizer)
+        self.average = None if recipe.ema_decay is None else WeightAverage(self.bare_model, float(recipe.ema_decay))
+        self.stepper = Stepper(accelerator, self.model, self.optimizer, objective, recipe, self.pruning, self.average)
         if checkpoint is not None:
             self._resume(checkpoint)
+        self.selection = Selection(objective, accelerator, self.output_dir, self.first_step)
 
     def _resume(self, checkpoint: Path) -> None:
-        state = load_state(checkpoint)
+        state, tensors = load_state(checkpoint), load_tensors(checkpoint)
         load_optimizer(checkpoint, self.bare_model, self.bare_optimizer)
         if state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
+        self.objective.load_state(state.objective)
+        if self.average is not None:
+            self.average.load_state(tensors)
         self.first_step = state.step
         logger.info("Resuming from %s.", checkpoint)
         if state.data_fingerprint != self.fingerprint:
@@ -136,24 +143,40 @@ class _Run:
                 self.recipe.image_folder,
                 checkpoint.name,
             )
+        if self.pruning is not None:
+            if state.data_fingerprint == self.fingerprint:
+                self.pruning.load_state(_below("pruning", tensors))
+            else:  # its scores are of other images
+                self.sampler.begin(state.epoch + 1, state.step, None)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps besides model and optimiser; called on every process."""
+        tensors = {} if self.average is None else self.average.state()
+        if self.pruning is not None:
+            self.pruning.gather(self.accelerator)
+            tensors |= {f"pruning.{name}": value for name, value in self.pruning.state().items()}
+        return tensors
 
     def run(self) -> Path:
         """Train from the first step to the last, export, and return the Hub folder."""
         recipe, accelerator = self.recipe, self.accelerator
         if accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             recipe.save(self.output_dir / "recipe.yaml")
-        if accelerator.log_with:
-            accelerator.init_trackers("tensorboard", {name: str(value) for name, value in asdict(recipe).items()})
+        start_trackers(accelerator, recipe, self.first_step)
         self._describe()
-        with Monitor(accelerator, self.terms, self.output_dir, self.first_step, recipe.max_steps) as monitor:
-            self._train(monitor)
-        hub = self.output_dir / "hub"
-        if accelerator.is_main_process:
-            self._export(hub)
-        accelerator.wait_for_everyone()
+        monitor = Monitor(accelerator, self.objective, recipe, self.first_step)
+        try:
+            with monitor, StopRequest() as stop:
+                self._train(monitor, stop)
+            if accelerator.is_main_process:
+                best = self.selection.best
+                publish(recipe, self.objective, self.saved if best is None else checkpoint_path(self.output_dir, best))
+            accelerator.wait_for_everyone()
+        except RunInterrupted:
+            accelerator.end_training()  # not after other errors: the processes may be at different places
+            raise
         accelerator.end_training()
-        return hub
+        return self.output_dir / "hub"
 
     def _describe(self) -> None:
         groups = Counter(sample.group for sample in self.objective.samples)
@@ -167,18 +190,24 @@ class _Run:
             self.accelerator.device,
         )
 
-    def _train(self, monitor: Monitor) -> None:
+    def _train(self, monitor: Monitor, stop: StopRequest) -> None:
         recipe = self.recipe
         self.model.train()
         batches = self._batches()
+        empty = 0
         for step in range(self.first_step, recipe.max_steps):
             asked = time.perf_counter()
             parts = [next(batches)]
             parts += [next(batches) for _ in range(parts[0].plan.parts - 1)]
-            monitor.add(self._step(step, parts, time.perf_counter() - asked))
+            waited = time.perf_counter() - asked
+            agreed = self.stepper.agree(parts, stop.flags)
+            if agreed.exit_status:
+                self._stop(monitor, step, agreed.exit_status)
+            monitor.add(self.stepper.take(step, parts, agreed, waited))
             done = step + 1
+            empty = 0 if agreed.images else empty + 1
             saves = done % recipe.save_steps == 0 or done == recipe.max_steps
-            starved = self.empty_steps >= min(self.sampler.steps_per_epoch, recipe.max_steps)
+            starved = empty >= min(self.sampler.steps_per_epoch, recipe.max_steps)
             if saves or starved or done % recipe.logging_steps == 0:
                 monitor.flush()
             if starved:
@@ -186,123 +215,69 @@ class _Run:
                     f"None of the last images of {recipe.image_folder} could be used: "
                     f"{self.output_dir / 'skipped.jsonl'} gives the reason for each."
                 )
+            if recipe.picture_steps and done % recipe.picture_steps == 0:
+                self._draw(done, parts[0])
             if saves:
+                self._evaluate(done)
                 self._save(done)
+
+    def _evaluate(self, done: int) -> None:
+        with nullcontext() if self.average is None else self.average.applied():
+            self.selection.measure(self.bare_model, done)
+
+    def _stop(self, monitor: Monitor, done: int, status: int) -> None:
+        monitor.flush()
+        if done > self.first_step and self.saved != checkpoint_path(self.output_dir, done):
+            self._save(done)
+        kept = f"{self.saved.name} is saved" if done else "nothing is done yet"
+        raise RunInterrupted(f"Stopped after step {done} of {self.recipe.max_steps}; {kept}.", status)
+
+    def _draw(self, done: int, part: LoadedBatch) -> None:
+        batch = to_device(part.batch, self.accelerator.device)
+        write_picture(self.objective, self.bare_model, batch, self.output_dir, done, self.accelerator.is_main_process)
 
     def _batches(self) -> Iterator[LoadedBatch]:
         recipe, accelerator = self.recipe, self.accelerator
         reader = BatchReader(Path(recipe.image_folder), self.objective.samples, self.objective, recipe.seed)
-        plans = self.sampler.plans(
-            self.first_step,
-            recipe.max_steps,
-            accelerator.process_index,
-            accelerator.num_processes,
-            recipe.gradient_accumulation_steps,
-        )
-        return load_batches(reader, plans, recipe.num_workers, pin_memory=accelerator.device.type == "cuda")
+        step = self.first_step
+        while step < recipe.max_steps:
+            last = self._known_until(step)
+            plans = self.sampler.plans(
+                step,
+                last,
+                accelerator.process_index,
+                accelerator.num_processes,
+                recipe.gradient_accumulation_steps,
+            )
+            yield from load_batches(reader, plans, recipe.num_workers, pin_memory=accelerator.device.type == "cuda")
+            step = last
 
-    def _step(self, step: int, parts: list[LoadedBatch], waited: float) -> StepResult:
-        rate = learning_rate(step, self.recipe)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        counts, images = self._counts(parts)
-        sums = torch.zeros(len(self.terms), device=self.accelerator.device)
-        norm: torch.Tensor | float = 0.0
-        self.empty_steps = 0 if images else self.empty_steps + 1
-        if images:
-            # Dropout and drop path follow from the step, whatever was drawn before.
-            torch.manual_seed(derive_seed("step", self.recipe.seed, step, self.accelerator.process_index))
-            sums, counts = self._backward(step, parts, counts)
-            limit = float(self.recipe.max_grad_norm) or math.inf
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        plan = parts[0].plan
-        record = {
-            "step": step + 1,
-            "epoch": plan.epoch,
-            "group": plan.group,
-            "learning_rate": rate,
-            "grad_norm": norm,
-        }
-        skipped = [image for part in parts for image in part.skipped]
-        return StepResult(record, sums, counts, images, skipped, waited)
-
-    def _counts(self, parts: list[LoadedBatch]) -> tuple[list[float], int]:
-        """Addends per term and images over all processes; no addends where only the forward pass tells them."""
-        counts = [0.0] * len(self.terms)
-        if self.objective.counts_from_data:
-            local = [self.objective.counts(part.batch) for part in parts if part.images]
-            counts = [float(sum(part.get(term, 0) for part in local)) for term in self.terms]
-        *counts, images = self._sum_over_processes([*counts, float(sum(part.images for part in parts))])
-        return counts, int(images)
-
-    def _backward(self, step: int, parts: list[LoadedBatch], counts: list[float]) -> tuple[torch.Tensor, list[float]]:
-        """Gradients of the whole global batch; returns this process's sums and the global counts per term."""
-        accelerator = self.accelerator
-        totals = torch.zeros(len(self.terms), device=accelerator.device)
-        for part in parts:
-            used = float(part.images > 0)  # a stand-in takes part without weight
-            with nullcontext() if part is parts[-1] else accelerator.no_sync(self.model):
-                terms = self.objective.loss(self.model, self._to_device(part.batch), step)
-                if not self.objective.counts_from_data:
-                    local = [used * terms[term][1] if term in terms else 0.0 for term in self.terms]
-                    counts = self._sum_over_processes(local)
-                loss = torch.zeros((), device=accelerator.device)
-                for index, (term, weight) in enumerate(self.terms.items()):
-                    if term in terms:
-                        totals[index] += used * terms[term][0].detach()
-                        if weight:
-                            loss = loss + used * weight / max(counts[index], 1.0) * terms[term][0]
-                # Gradients are averaged over processes, but each has divided by the global count already.
-                accelerator.backward(loss * accelerator.num_processes)
-        return totals, counts
-
-    def _sum_over_processes(self, values: list[float]) -> list[float]:
-        if self.accelerator.num_processes == 1:
-            return values  # spares the device a synchronisation
-        tensor = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
-        return self.accelerator.reduce(tensor, "sum").tolist()
-
-    def _to_device(self, batch: Batch) -> Batch:
-        device = self.accelerator.device
-        return {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+    def _known_until(self, step: int) -> int:
+        """The step before which loaders may read ahead: pruning decides at the begin of every epoch what it holds."""
+        if self.pruning is None:
+            return self.recipe.max_steps
+        self.pruning.gather(self.accelerator)
+        return min(self.pruning.plan(step), self.recipe.max_steps)
 
     def _save(self, done: int) -> None:
         accelerator = self.accelerator
         weights = accelerator.get_state_dict(self.model)
+        tensors = self._tensors()
+        optimizer = gather_optimizer(self.bare_model, self.bare_optimizer)
         if accelerator.is_main_process:
             scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
-            epoch = done // self.sampler.steps_per_epoch
+            epoch, _ = self.sampler.locate(done)
             save_checkpoint(
                 self.output_dir,
-                TrainerState(done, epoch, self.fingerprint, scaler),
+                TrainerState(done, epoch, self.fingerprint, scaler, self.objective.state()),
                 self.recipe,
                 self.bare_model,
                 weights,
-                self.bare_optimizer,
+                optimizer,
                 self.objective.processor,
+                tensors,
             )
-            prune_checkpoints(self.output_dir, self.recipe.keep_checkpoints)
+            best = self.selection.best
+            prune_checkpoints(self.output_dir, self.recipe.keep_checkpoints, self.recipe.keep_every, best)
+        self.saved = checkpoint_path(self.output_dir, done)
         accelerator.wait_for_everyone()
-
-    def _export(self, hub: Path) -> None:
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        export(self.objective.exported(model), self.objective.processor, hub, card_context=_card_context(self.recipe))
-        logger.info("Hub folder: %s", hub)
-        if self.recipe.hub_model_id is not None:
-            self._push(hub, self.recipe.hub_model_id)
-
-    @staticmethod
-    def _push(hub: Path, repo_id: str) -> None:
-        try:
-            result = push(hub, repo_id)
-        except (HFRSHeatError, OSError) as error:
-            raise TransferError(
-                f"The run is finished and its folder exported, but not pushed: {error} "
-                f"Push it with `hf-rsheat push {hub} {repo_id}`."
-            ) from error
-        logger.info("Pushed and verified: %s@%s", result.repo_id, result.revision)

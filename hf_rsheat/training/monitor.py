@@ -3,20 +3,24 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from ..errors import TrainingError
+from ..errors import DataError, TrainingError
 from .data import Skipped
-from .journal import Journal
+from .journal import NOT_FINITE, Journal
+from .objectives import Objective
+from .recipe import Recipe
+from .sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ class StepResult:
         sums: This process's sum of every term, `(terms,)`, on the device.
         counts: Number of addends of every term over all processes.
         images: Images of all processes.
+        indices: Samples this process used.
         skipped: Images this process could not use.
         waited: Seconds spent waiting for data.
     """
@@ -38,6 +43,7 @@ class StepResult:
     sums: torch.Tensor
     counts: list[float]
     images: int
+    indices: list[int]
     skipped: list[Skipped]
     waited: float
 
@@ -53,21 +59,21 @@ class Monitor:
 
     Args:
         accelerator: The run's accelerator; only its main process writes.
-        weights: Terms of the loss and their weights.
-        output_dir: The run folder.
+        objective: Its terms and their weights, and its samples.
+        recipe: The run's recipe.
         first_step: Steps done before this run.
-        max_steps: Steps to reach.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, weights: dict[str, float], output_dir: Path, first_step: int, max_steps: int
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, objective: Objective, recipe: Recipe, first_step: int) -> None:
         self._accelerator = accelerator
-        self._weights = weights
+        self._weights = objective.term_weights
+        self._samples = objective.samples
+        self._output_dir = output_dir = Path(recipe.output_dir)
+        self._tolerated = float(recipe.max_skipped)
         self._window = _Window()
         self._journal = Journal(output_dir, first_step) if accelerator.is_main_process else None
         self._bar = tqdm(
-            total=max_steps,
+            total=recipe.max_steps,
             initial=first_step,
             disable=not accelerator.is_main_process,
             unit="step",
@@ -91,7 +97,8 @@ class Monitor:
         """Write all steps taken in since the last time; called on every process.
 
         Raises:
-            TrainingError: If a loss is not finite. Its log line is written first.
+            TrainingError: If a loss or a gradient is not finite. Its log line and `not_finite.json` are written first.
+            DataError: If more images than the recipe tolerates cannot be used.
         """
         results, elapsed = self._window.results, time.perf_counter() - self._window.started
         self._window = _Window()
@@ -106,12 +113,36 @@ class Monitor:
         records = [self._record(result, sums) | pace for result, sums in zip(results, totals, strict=True)]
         if self._journal is not None:
             self._report(self._journal, records, skipped)
-        for record in records:
-            if record["loss"] is None and record["images"]:
-                raise TrainingError(
-                    f"The loss of step {record['step']} is not finite: lower learning_rate, raise warmup_steps, or use "
-                    "mixed_precision no or bf16. The last checkpoint is intact."
-                )
+        for result, record in zip(results, records, strict=True):
+            if record["images"] and self._diverged(record):
+                self._give_up(result, record)
+        if skipped:
+            self._check_skipped()
+
+    def _check_skipped(self) -> None:
+        (reasons,) = broadcast_object_list([self._journal and list(self._journal.skipped.values())])
+        total = len({path for sample in self._samples for _, path in sample.files})
+        if len(reasons) > self._tolerated * total:
+            common = "; ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(5))
+            raise DataError(
+                f"{len(reasons)} of {total} images cannot be used, more than max_skipped: {self._tolerated:g} allows "
+                f"({common}): {self._output_dir / 'skipped.jsonl'} lists them. Mend or remove them, or raise it."
+            )
+
+    def _diverged(self, record: dict[str, Any]) -> bool:
+        # A loss scaler meets infinite gradients on its way to the right scale, and skips those steps.
+        return record["loss"] is None or (record["grad_norm"] is None and self._accelerator.scaler is None)
+
+    def _give_up(self, result: StepResult, record: dict[str, Any]) -> NoReturn:
+        what = "loss" if record["loss"] is None else "gradient"
+        files = [[path for _, path in self._samples[index].files] for index in gather_object(result.indices)]
+        if self._journal is not None:
+            self._journal.give_up(record, files)
+        raise TrainingError(
+            f"The {what} of step {record['step']} is not finite: {self._output_dir / NOT_FINITE} lists its images. The "
+            "last checkpoint is intact: continue with --resume and a lower learning_rate, mixed_precision bf16 or no, "
+            "or without these images; from the start, raising warmup_steps helps too."
+        )
 
     def _record(self, result: StepResult, sums: Sequence[float]) -> dict[str, Any]:
         means = {
@@ -139,5 +170,5 @@ class Monitor:
 
 def _plain(value: Any) -> Any:
     """A JSON value: tensors as numbers, and null for what JSON cannot hold (NaN, infinity)."""
-    value = value.item() if isinstance(value, torch.Tensor) else value
+    value = whole(value).item() if isinstance(value, torch.Tensor) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

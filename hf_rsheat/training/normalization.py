@@ -101,6 +101,13 @@ def normalize(processor: Any, image: torch.Tensor, modality: str) -> torch.Tenso
         raise DataError(f"{error} (in a recipe: preprocessing.{modality}.<option>)") from error
 
 
+def denormalize(processor: Any, views: torch.Tensor, modality: str) -> torch.Tensor:
+    """Normalised images `(batch, channels, height, width)` back on the scale 0-1 of their sensor's statistics."""
+    statistics = _statistics(processor, modality)
+    mean, spread = (views.new_tensor(statistics[name])[:, None, None] for name in ("image_mean", "image_std"))
+    return views * spread + mean
+
+
 def mean_image(processor: Any, modality: str, size: int) -> torch.Tensor:
     """An image `(channels, size, size)` of the mean colour, in the dtype and scale the processor expects."""
     statistics = _statistics(processor, modality)

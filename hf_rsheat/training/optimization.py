@@ -21,7 +21,14 @@ def build_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> A
             (kept if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": float(recipe.weight_decay)}, {"params": kept, "weight_decay": 0.0}]
     # On a CPU the fused kernel gains nothing and differs in the last bit from the plain one.
-    return AdamW(groups, lr=float(recipe.learning_rate), fused=device.type == "cuda")
+    first, second = recipe.adam_betas
+    return AdamW(
+        groups,
+        lr=float(recipe.learning_rate),
+        betas=(float(first), float(second)),
+        eps=float(recipe.adam_epsilon),
+        fused=device.type == "cuda",
+    )
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

@@ -17,6 +17,8 @@ from ..errors import ConfigurationError
 
 T = TypeVar("T")
 
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
 # Smallest allowed value per numeric field; None fields are skipped.
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
@@ -25,14 +27,19 @@ _AT_LEAST: dict[str, float] = {
     "max_steps": 1,
     "save_steps": 1,
     "keep_checkpoints": 1,
+    "keep_every": 1,
     "warmup_steps": 0,
     "learning_rate": 0,
     "min_learning_rate": 0,
     "weight_decay": 0,
+    "adam_epsilon": 0,
     "max_grad_norm": 0,
+    "prune_ratio": 0,
+    "prune_until": 0,
     "gradient_accumulation_steps": 1,
     "num_workers": 0,
     "logging_steps": 1,
+    "picture_steps": 1,
 }
 
 
@@ -42,10 +49,16 @@ class Recipe:
     """Everything a run needs to know; saved as `recipe.yaml` beside the log and in each checkpoint.
 
     Args:
-        objective: What to learn: `rs_vheat`, `selective_mae` or `mae` (pretraining), or `classification` (fine-tuning).
+        objective: What to learn: `rs_vheat`, `selective_mae`, `mae` or `moco` (pretraining), `rs4d_distill`
+            (distillation), `classification` or `instances` (fine-tuning).
         image_folder: Folder of images, scanned recursively. Sub-folders named like a modality (`optical`, `sar`) give
             the modality; equal relative stems in two of them are a pair. For `classification` the first folder level
             gives the class.
+            Tar (WebDataset) and Parquet files in it count as folders; a Parquet file has one folder per image column.
+        manifest: CSV file with a column of paths per modality and a line per sample, instead of all images there are;
+            paths are relative to `image_folder`. Not for `classification`, `instances` and distillation.
+        mixture: How often an epoch holds the images of a first-level folder of `image_folder`, e.g. `{flood: 3.5,
+            city: 0.1}`; once where it says nothing.
         output_dir: Run folder: `recipe.yaml`, `log.jsonl`, `skipped.jsonl`, `checkpoint-<step>`, and `hub` at the end.
         seed: Everything random follows from it.
         image_size: Side of the square training images in pixels.
@@ -58,22 +71,41 @@ class Recipe:
         max_steps: Optimiser steps.
         save_steps: Steps between checkpoints; the last step is always saved.
         keep_checkpoints: How many of the newest checkpoints stay; None keeps all.
+        keep_every: Checkpoints whose step is a multiple of this stay as well.
         warmup_steps: Steps of linear warm-up before the cosine.
         learning_rate: Peak learning rate for this batch size (nothing is scaled behind your back).
         min_learning_rate: Where the cosine ends.
         weight_decay: AdamW's; not applied to biases and other 1-D parameters.
+        adam_betas: AdamW's decay rates of the two gradient moments.
+        adam_epsilon: AdamW's addend to the denominator.
         max_grad_norm: Clips the gradient's L2 norm; 0 switches it off.
+        prune_ratio: Share of the images with a loss below the mean that an epoch leaves out, at random, while the
+            others of them count more to make up for it (InfoBatch); 0 switches it off. The first epoch is whole, since
+            images are scored when they are seen; later ones are shorter. `max_steps` remain optimiser steps. The log
+            holds the plain mean loss of the images seen, which pruning raises.
+        prune_until: Share of `max_steps` after which nothing is left out.
+        max_skipped: Share of the images that may be unusable; the run stops with a summary beyond it.
         gradient_accumulation_steps: Parts each process cuts its share of a batch into; results do not depend on it.
         num_workers: Loader processes per training process; results do not depend on it.
         mixed_precision: `no`, `bf16` or `fp16`.
+        ema_decay: Decay of an exponential moving average of the weights, e.g. 0.9999; the exported folder then holds
+            the average, checkpoints hold both. None for no average.
+        torch_compile: Compile the model with `torch.compile`. Faster on a GPU; the last bits of a loss differ from a
+            run without it.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         logging_steps: Steps between writes of the log (which holds every step), progress bar and trackers.
+        picture_steps: Steps between pictures of input, what the model saw of it, and what it made of it, in
+            `pictures/`; None for no pictures.
+        trackers: `tensorboard`, `trackio` and `wandb` by name; None for tensorboard where it is installed. `log.jsonl`
+            is always written.
         hub_model_id: Hub repository `user/name` to push the exported folder to at the end, verified before and after.
     """
 
     objective: str
     image_folder: str
     output_dir: str
+    manifest: str | None = None
+    mixture: dict[str, float | int] = field(default_factory=dict)
     seed: int = 0
     image_size: int = 224
     model: dict[str, Any] | str = field(default_factory=dict)
@@ -84,16 +116,26 @@ class Recipe:
     max_steps: int = 1000
     save_steps: int = 500
     keep_checkpoints: int | None = 3
+    keep_every: int | None = None
     warmup_steps: int = 0
     learning_rate: float | int = 2e-4
     min_learning_rate: float | int = 0.0
     weight_decay: float | int = 0.08
+    adam_betas: tuple[float | int, float | int] = (0.9, 0.999)
+    adam_epsilon: float | int = 1e-8
     max_grad_norm: float | int = 5.0
+    prune_ratio: float | int = 0.0
+    prune_until: float | int = 0.875
+    max_skipped: float | int = 0.5
     gradient_accumulation_steps: int = 1
     num_workers: int = 2
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    ema_decay: float | None = None
+    torch_compile: bool = False
     gradient_checkpointing: bool = False
     logging_steps: int = 1
+    picture_steps: int | None = None
+    trackers: list[str] | None = None
     hub_model_id: str | None = None
 
     def validate_ranges(self) -> None:
@@ -107,6 +149,29 @@ class Recipe:
             raise ValueError("'min_learning_rate' must not exceed 'learning_rate'")
         if self.warmup_steps >= self.max_steps:
             raise ValueError(f"'warmup_steps' ({self.warmup_steps}) must be below 'max_steps' ({self.max_steps})")
+
+    def validate_mixture(self) -> None:
+        if any(not 0 <= weight < math.inf for weight in self.mixture.values()):
+            raise ValueError(f"'mixture' needs weights of at least 0, got {self.mixture}")
+        if self.mixture and self.prune_ratio:
+            raise ValueError("'mixture' and 'prune_ratio' both decide what an epoch holds: set one of them")
+
+    def validate_trackers(self) -> None:
+        unknown = set(self.trackers or ()) - set(TRACKERS)
+        if unknown:
+            raise ValueError(f"'trackers' may name {', '.join(TRACKERS)}, got {', '.join(sorted(unknown))}")
+
+    def validate_shares(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"'adam_betas' must lie in [0, 1), got {list(self.adam_betas)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"'ema_decay' must lie in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"'max_skipped' must lie in [0, 1], got {self.max_skipped}")
+        if self.prune_ratio >= 1:
+            raise ValueError(f"'prune_ratio' must be below 1, got {self.prune_ratio}")
+        if self.prune_until > 1:
+            raise ValueError(f"'prune_until' must be at most 1, got {self.prune_until}")
 
     @property
     def pretrained(self) -> str | None:

@@ -1,6 +1,5 @@
 """Which checkpoint a run starts from, and whether it may."""
 
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -10,16 +9,20 @@ from .recipe import Recipe, load_recipe, parse_yaml
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint itself carries (model and processor) or what its tensors depend on.
-_FIXED = ("objective", "model", "preprocessing", "image_size")
+# What a checkpoint itself carries (model and processor), or what its tensors or its place in the epoch depend on.
+_FIXED = ("objective", "model", "preprocessing", "image_size", "prune_ratio")
 # Changing these changes neither the data a step sees nor the update it makes.
 _HARMLESS = (
     "image_folder",
     "output_dir",
     "save_steps",
     "keep_checkpoints",
+    "keep_every",
+    "max_skipped",
     "num_workers",
     "logging_steps",
+    "picture_steps",
+    "trackers",
     "hub_model_id",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
@@ -65,8 +68,8 @@ def find_checkpoint(recipe: Recipe, resume: bool | str | Path) -> Path | None:
 
 
 def _check_recipe(recipe: Recipe, checkpoint: Path) -> None:
-    saved = dataclasses.asdict(load_recipe(checkpoint / "recipe.yaml"))
-    current = parse_yaml(recipe.to_yaml())  # tuples have become lists in the saved one too
+    saved = parse_yaml(load_recipe(checkpoint / "recipe.yaml").to_yaml())
+    current = parse_yaml(recipe.to_yaml())  # tuples have become lists in both
     changed = {name: (saved[name], value) for name, value in current.items() if value != saved[name]}
     for name, (before, now) in changed.items():
         if name in _FIXED:

@@ -1,4 +1,4 @@
-"""Which samples belong to which step: a pure function of (seed, step)."""
+"""Which samples belong to which step: a pure function of (seed, step), and of what pruning leaves out of an epoch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import ConfigurationError
+from .image_folder import Sample
 from .randomness import generator
+from .recipe import Recipe, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -40,30 +43,79 @@ class GlobalBatchSampler:
         groups: Group of every sample, in sample order.
         batch_size: Samples per optimiser step over all processes.
         seed: Decides the order together with the epoch.
+        weights: How often an epoch holds each sample, on average; once each if None. Of `n` samples with weight `w`
+            there are `round(w n)`: whole copies of all, and of some, drawn per epoch, one more. The copies have indices
+            of their own, `sample + copy * len(groups)`, and with them random draws of their own.
     """
 
-    def __init__(self, groups: Sequence[str], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, groups: Sequence[str], batch_size: int, seed: int, weights: Sequence[float] | None = None
+    ) -> None:
         labels = np.asarray(groups)
+        self._weights = None if weights is None else np.asarray(weights, dtype=float)
         self._members = {str(name): np.flatnonzero(labels == name) for name in np.unique(labels)}
         self._batch_size = batch_size
         self._seed = seed
+        self._first_epoch, self._first_step = 0, 0
+        self._kept: np.ndarray | None = None
         self._cached: tuple[int, list[tuple[str, np.ndarray]]] = (-1, [])
-        self.steps_per_epoch = sum(math.ceil(len(members) / batch_size) for members in self._members.values())
+        sizes = [len(self._copies(members, generator("size"))) for members in self._members.values()]
+        self.steps_per_epoch = sum(math.ceil(size / batch_size) for size in sizes)
+
+    def begin(self, epoch: int, step: int, kept: np.ndarray | None) -> None:
+        """Let an epoch begin at a step.
+
+        Args:
+            epoch: The epoch.
+            step: Its first step.
+            kept: Which samples the epoch holds, `(samples,)` of bool; the order of the epochs after it is then unknown
+                until they begin. None for all samples, also in the epochs that follow.
+        """
+        self._first_epoch, self._first_step, self._kept = epoch, step, kept
+        self._cached = (-1, [])
 
     def _epoch_batches(self, epoch: int) -> list[tuple[str, np.ndarray]]:
         if self._cached[0] != epoch:
             rng = generator("order", self._seed, epoch)
             batches: list[tuple[str, np.ndarray]] = []
             for group, members in self._members.items():
-                order = rng.permutation(members)
+                kept = members if self._kept is None else members[self._kept[members]]
+                order = rng.permutation(self._copies(kept, rng))
                 cuts = range(0, len(order), self._batch_size)
                 batches += [(group, order[start : start + self._batch_size]) for start in cuts]
             self._cached = (epoch, [batches[i] for i in rng.permutation(len(batches))])
         return self._cached[1]
 
+    def _copies(self, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The indices an epoch holds of some samples."""
+        if self._weights is None:
+            return members
+        drawn: list[np.ndarray] = []
+        for weight in np.unique(self._weights[members]):
+            same = members[self._weights[members] == weight]
+            whole, total = int(weight), round(weight * len(same))
+            drawn += [same + copy * len(self._weights) for copy in range(whole)]
+            extra = rng.choice(same, total - whole * len(same), replace=False)
+            drawn.append(extra + whole * len(self._weights))
+        return np.concatenate(drawn)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, position in it) of a zero-based step; an epoch that is not known yet begins at position 0."""
+        position = step - self._first_step
+        if self._kept is None:
+            epochs, position = divmod(position, self.steps_per_epoch)
+            return self._first_epoch + epochs, position
+        length = len(self._epoch_batches(self._first_epoch))
+        return (self._first_epoch, position) if position < length else (self._first_epoch + 1, 0)
+
+    def end_of_epoch(self, step: int) -> int:
+        """First step after the epoch that a step belongs to."""
+        epoch, position = self.locate(step)
+        return step - position + len(self._epoch_batches(epoch))
+
     def global_batch(self, step: int) -> tuple[int, str, np.ndarray]:
         """(epoch, group, sample indices) of a zero-based step."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position = self.locate(step)
         group, indices = self._epoch_batches(epoch)[position]
         return epoch, group, indices
 
@@ -84,3 +136,22 @@ class GlobalBatchSampler:
         """All parts of the steps `first` up to, not including, `last`, in order."""
         for step in range(first, last):
             yield from self.parts(step, rank, world_size, accumulation)
+
+
+def build_sampler(recipe: Recipe, samples: Sequence[Sample]) -> GlobalBatchSampler:
+    """The sampler of a recipe.
+
+    Raises:
+        ConfigurationError: If `mixture` names a folder without images, or leaves none.
+    """
+    weights = None
+    if recipe.mixture:
+        folders = [sample.files[0][1].split("/")[0] for sample in samples]
+        for name in recipe.mixture:
+            if name not in folders:
+                raise ConfigurationError(f"'mixture' names '{name}', where no image is: {did_you_mean(name, folders)}")
+        weights = [float(recipe.mixture.get(folder, 1)) for folder in folders]
+    sampler = GlobalBatchSampler([sample.group for sample in samples], recipe.batch_size, recipe.seed, weights)
+    if not sampler.steps_per_epoch:
+        raise ConfigurationError("'mixture' leaves no image: raise a weight.")
+    return sampler

@@ -60,9 +60,21 @@ def resolve_config(config_class: type[C], recipe: Recipe, checkpoint: Path | Non
 
 
 def resolve_model(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe, checkpoint: Path | None
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    checkpoint: Path | None,
+    may_be_new: tuple[str, ...] | None = None,
 ) -> PreTrainedModel:
     """The model to train, in float32.
+
+    Args:
+        model_class: Class of the model.
+        config: Its config.
+        recipe: The run's recipe.
+        checkpoint: A checkpoint to resume.
+        may_be_new: Beginnings of the names of weights that the folder to start from may lack; all but those of an
+            encoder if None.
 
     Raises:
         CheckpointError: If the folder to start from lacks trunk weights, or trunk weights have other shapes.
@@ -85,7 +97,7 @@ def resolve_model(
     model, info = loaded
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     new = sorted(set(info["missing_keys"]) | mismatched)
-    lost = [name for name in new if "encoder." in name]
+    lost = [name for name in new if ("encoder." in name if may_be_new is None else not name.startswith(may_be_new))]
     if lost:
         raise CheckpointError(
             f"'{recipe.pretrained}' lacks {len(lost)} trunk weights of this model, or they have other shapes "

@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from hf_rsheat.instance_scenes import write_instance_scenes
 from hf_rsheat.training.recipe import Recipe
 
 TINY_MODEL = {
@@ -93,3 +94,40 @@ def make_recipe(tmp_path: Path, scenes: Path) -> Callable[..., Recipe]:
 def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's log."""
     return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
+
+
+BACKBONE = {"hidden_size": 16, "inner_size": 20, "num_hidden_layers": 2, "state_size": 4}
+DETECTOR = {
+    "feature_size": 16,
+    "aggregator_size": 8,
+    "fc_size": 16,
+    "mask_num_convs": 1,
+    "rpn_nms_pre": 30,
+    "rpn_max_per_img": 20,
+    "rpn_nms_pre_train": 30,
+    "rpn_max_per_img_train": 20,
+    "rcnn_num_samples": 16,
+}
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory) -> Path:
+    """6 images of 128 px to learn from and 2 to evaluate on."""
+    return write_instance_scenes(tmp_path_factory.mktemp("coco"), train=6, test=2, size=128)
+
+
+@pytest.fixture
+def make_instances(make_recipe, coco):
+    def build(**changes):
+        options = {"dataset": "generated", **changes.pop("options", {})}
+        values = {
+            "objective": "instances",
+            "image_folder": str(coco),
+            "image_size": 96,
+            "model": {"backbone_config": BACKBONE, **DETECTOR},
+            "batch_size": 2,
+            "objective_options": options,
+        }
+        return make_recipe(**{**values, **changes})
+
+    return build

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_rsheat.errors import ConfigurationError, DataError
+from hf_rsheat.errors import DataError, MissingExtraError
 from hf_rsheat.training.image_folder import check_modalities, decode, image_paths, scan_classes, scan_modalities
 
 from .conftest import write_image
@@ -110,6 +110,8 @@ def test_unreadable_files_say_why(tmp_path):
             decode(tmp_path / name, 3)
 
 
-def test_modalities_that_image_files_cannot_hold_are_refused():
-    with pytest.raises(ConfigurationError, match="'msi' has 13 channels"):
+def test_bands_beyond_three_need_rasterio(monkeypatch):
+    check_modalities({"optical": 3, "sar": 1})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"Modality 'msi' of 13 channels needs rasterio.*hf_rsheat\[geo\]"):
         check_modalities({"optical": 3, "msi": 13})

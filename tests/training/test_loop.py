@@ -5,14 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hf_rsheat.errors import ConfigurationError, DataError, TrainingError, TransferError
+from hf_rsheat.errors import ConfigurationError, DataError, MissingExtraError, TrainingError, TransferError
 from hf_rsheat.hub import verify
-from hf_rsheat.training import loop
+from hf_rsheat.training import loop, publishing
 from hf_rsheat.training.loop import train
 from hf_rsheat.training.objectives.rs_vheat import RSVHeatPretraining
+from hf_rsheat.training.randomness import derive_seed
 
 from .conftest import TINY_MODEL, read_log
 
@@ -64,6 +66,7 @@ def test_a_run_leaves_what_it_promises(reference):
     output_dir = Path(reference.output_dir)
     names = {path.name for path in output_dir.iterdir()}
     assert names - {"tensorboard"} == {
+        ".lock",
         "recipe.yaml",
         "log.jsonl",
         "skipped.jsonl",
@@ -147,6 +150,14 @@ def test_resuming_from_a_path_continues_in_another_folder(reference, make_recipe
     assert lasting(recipe.output_dir) == lasting(reference.output_dir)[3:]
 
 
+def test_a_finished_checkpoint_from_elsewhere_is_exported(reference, make_recipe):
+    recipe = make_recipe()
+    train(recipe, resume=Path(reference.output_dir) / "checkpoint-6")
+    assert all(
+        torch.equal(value, weights(reference.output_dir)[name]) for name, value in weights(recipe.output_dir).items()
+    )
+
+
 def test_starting_over_an_existing_run_is_refused(reference):
     with pytest.raises(ConfigurationError, match="pass --resume"):
         train(reference)
@@ -224,8 +235,8 @@ def test_a_folder_without_a_usable_image_is_an_error_that_says_where_to_look(tmp
     (tmp_path / "bad").mkdir()
     for index in range(9):
         (tmp_path / "bad" / f"{index}.png").write_bytes(b"broken")
-    recipe = make_recipe(image_folder=str(tmp_path / "bad"))
-    with pytest.raises(DataError, match=r"skipped.jsonl"):
+    recipe = make_recipe(image_folder=str(tmp_path / "bad"), max_skipped=1.0)
+    with pytest.raises(DataError, match=r"None of the last images .* could be used: .*skipped.jsonl"):
         train(recipe)
     assert len((Path(recipe.output_dir) / "skipped.jsonl").read_text().splitlines()) == 9
     assert not list(Path(recipe.output_dir).glob("checkpoint-*"))
@@ -243,7 +254,10 @@ def test_a_step_without_usable_images_changes_no_weight(tmp_path, scenes, make_r
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(make_recipe, monkeypatch):
+@pytest.mark.parametrize("logging_steps", [1, 4])
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_and_names_its_images(
+    make_recipe, monkeypatch, logging_steps
+):
     original = RSVHeatPretraining.loss
 
     def broken(self, model, batch, step):
@@ -251,10 +265,78 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(make_recipe
         return {name: (total * (float("nan") if step == 1 else 1), count) for name, (total, count) in terms.items()}
 
     monkeypatch.setattr(RSVHeatPretraining, "loss", broken)
-    recipe = make_recipe(save_steps=1)
-    with pytest.raises(TrainingError, match=r"step 2 is not finite"):
+    recipe = make_recipe(save_steps=1, logging_steps=logging_steps)
+    with pytest.raises(TrainingError, match=r"loss of step 2 is not finite: .*not_finite.json lists its images"):
         train(recipe)
     assert [path.name for path in Path(recipe.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
+    note = json.loads((Path(recipe.output_dir) / "not_finite.json").read_text())
+    assert note["step"] == 2
+    assert len(note["files"]) == note["images"] > 0
+    assert all((Path(recipe.image_folder) / path).exists() for files in note["files"] for path in files)
+
+
+def test_a_gradient_that_is_not_finite_never_gets_into_a_checkpoint(make_recipe, monkeypatch):
+    original = RSVHeatPretraining.loss
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("nan")
+
+    def broken(self, model, batch, step):
+        terms = original(self, model, batch, step)
+        return {name: (Broken.apply(total) if step == 1 else total, n) for name, (total, n) in terms.items()}
+
+    monkeypatch.setattr(RSVHeatPretraining, "loss", broken)
+    recipe = make_recipe(save_steps=1)
+    with pytest.raises(TrainingError, match="gradient of step 2 is not finite"):
+        train(recipe)
+    assert [path.name for path in Path(recipe.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_the_average_of_the_weights_is_exported_and_resumes_to_the_bit(reference, make_recipe, tmp_path):
+    recipe = make_recipe(ema_decay=0.9)
+    train(recipe)
+    assert lasting(recipe.output_dir) == lasting(reference.output_dir)  # averaging changes no step
+    raw, averaged = weights(reference.output_dir), weights(recipe.output_dir)
+    assert not all(torch.equal(value, averaged[name]) for name, value in raw.items())
+    by_step = make_recipe(save_steps=1, keep_checkpoints=None, output_dir=str(tmp_path / "steps"))
+    train(by_step)
+    start = RSVHeatPretraining(recipe)  # the average by hand, from the weights of every step
+    torch.manual_seed(derive_seed("weights", recipe.seed))
+    expected = {name: p.detach().clone() for name, p in start.build_model().named_parameters()}
+    for step in range(6):
+        decay = min(0.9, (1 + step) / (10 + step))
+        current = load_file(Path(by_step.output_dir) / f"checkpoint-{step + 1}" / "model.safetensors")
+        expected = {name: decay * value + (1 - decay) * current[name] for name, value in expected.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name], value, rtol=1e-5, atol=1e-6)
+    shutil.rmtree(Path(recipe.output_dir) / "checkpoint-6")
+    shutil.rmtree(Path(recipe.output_dir) / "hub")
+    train(recipe, resume=True)
+    assert all(torch.equal(value, averaged[name]) for name, value in weights(recipe.output_dir).items())
+
+
+def test_pictures_change_nothing_and_show_what_the_objective_says(reference, make_recipe):
+    recipe = make_recipe(picture_steps=2)
+    train(recipe)
+    assert_equal_runs(reference.output_dir, recipe.output_dir)
+    pictures = sorted((Path(recipe.output_dir) / "pictures").iterdir())
+    assert [path.name for path in pictures] == [f"step-000000{step}.png" for step in (2, 4, 6)]
+    with Image.open(pictures[0]) as picture:
+        assert picture.width == 4 * 32 + 3 * 4  # input, two masked versions, reconstruction
+        assert picture.getextrema() != ((0, 0),) * 3
+
+
+def test_settings_an_objective_cannot_keep_are_refused(make_recipe, classes):
+    with pytest.raises(ConfigurationError, match="has no picture to draw"):
+        train(make_recipe(objective="classification", image_folder=str(classes), picture_steps=2))
+    with pytest.raises(ConfigurationError, match="has no loss per image to prune by"):
+        train(make_recipe(prune_ratio=0.5))
 
 
 def test_old_checkpoints_are_deleted_and_the_last_step_is_saved(make_recipe):
@@ -268,6 +350,24 @@ def test_precision_and_checkpointing_run_and_export_float32(make_recipe, changes
     recipe = make_recipe(max_steps=3, **changes)
     train(recipe)
     assert {value.dtype for value in weights(recipe.output_dir).values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_compiled_run_follows_the_plain_one_and_continues_without_compiling(make_recipe, tmp_path, monkeypatch):
+    """Traced and differentiated ahead of time, as for any backend, but run with PyTorch's own kernels."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend="aot_eager"))
+    settings = {"max_steps": 4, "save_steps": 2, "model": {**TINY_MODEL, "drop_path_rate": 0.0}}
+    plain = make_recipe(**settings, output_dir=str(tmp_path / "plain"))
+    train(plain)
+    recipe = make_recipe(**settings, torch_compile=True)
+    train(recipe)
+    for expected, found in zip(lasting(plain.output_dir), lasting(recipe.output_dir), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert weights(recipe.output_dir).keys() == weights(plain.output_dir).keys()
+    shutil.rmtree(Path(recipe.output_dir) / "checkpoint-4")
+    train(make_recipe(**settings), resume=True)
+    assert [line["step"] for line in read_log(recipe.output_dir)] == [1, 2, 3, 4]
 
 
 def test_recomputing_activations_changes_no_gradient(make_recipe, tmp_path):
@@ -312,7 +412,7 @@ def test_hub_model_id_pushes_and_a_failed_push_loses_nothing(make_recipe, monkey
             raise OSError("no network")
         return SimpleNamespace(repo_id=repo_id, revision="abc")
 
-    monkeypatch.setattr(loop, "push", fake_push)
+    monkeypatch.setattr(publishing, "push", fake_push)
     recipe = make_recipe(max_steps=1, save_steps=1, warmup_steps=0, hub_model_id="me/model")
     with pytest.raises(TransferError, match=r"no network.*hf-rsheat push .* me/model"):
         train(recipe)
@@ -321,6 +421,13 @@ def test_hub_model_id_pushes_and_a_failed_push_loses_nothing(make_recipe, monkey
     assert calls == [(hub, "me/model")] * 2
     report = verify(hub)
     assert report.ok, str(report)  # what a real push asks for first
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_that_names_the_extra(make_recipe, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"trackers: \[wandb\] needs wandb.*hf_rsheat\[trackers\]"):
+        train(make_recipe(trackers=["wandb"]))
+    assert train(make_recipe(trackers=[]))  # none at all is fine
 
 
 def test_tensorboard_gets_the_log_where_it_is_installed(reference):

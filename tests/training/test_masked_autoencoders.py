@@ -116,8 +116,10 @@ def test_counts_agree_with_the_loss(recipe_of, name):
     model = objective.build_model().train()
     terms = objective.loss(model, batch, 0)
     assert {term: count for term, (_, count) in terms.items()} == objective.counts(batch) == {"reconstruction": 8}
-    assert terms["reconstruction"][0].item() / 8 == pytest.approx(_mean_loss(model, batch, name), rel=1e-5)
-    terms["reconstruction"][0].backward()
+    losses = terms["reconstruction"][0]
+    assert losses.shape == (8,)
+    assert losses.mean().item() == pytest.approx(_mean_loss(model, batch, name), rel=1e-5)
+    losses.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -132,6 +134,18 @@ def test_draws_depend_on_seed_epoch_and_sample_only(recipe_of, name):
     first, again, later = (read(objective, epoch)[drawn] for epoch in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, later)
+
+
+@BOTH
+def test_the_picture_has_the_input_what_is_encoded_and_what_is_made_of_it(recipe_of, name):
+    recipe = recipe_of(name, max_steps=2, save_steps=2, picture_steps=2)
+    train(recipe)
+    with Image.open(Path(recipe.output_dir) / "pictures" / "step-0000002.png") as picture:
+        pixels = np.asarray(picture).astype(int)
+    assert pixels.shape == (4 * 64 + 3 * 4, 3 * 64 + 2 * 4, 3)
+    original, encoded = pixels[:64, :64], pixels[:64, 68:132]
+    same = (abs(original - encoded) <= 1).all(-1).mean()
+    assert same == pytest.approx(16 / 64 if name == "mae" else 9 / 64, abs=0.03)
 
 
 @pytest.mark.parametrize("criterion", ["uniform", "hog"])
@@ -156,6 +170,18 @@ def test_a_new_mae_knows_where_its_patches_are(recipe_of):
         assert torch.equal(table[:, 1:], sincos_table(8, 8, table.shape[-1]))
         assert not table.requires_grad
     assert model.decoder.mask_token.abs().sum() > 0
+
+
+def test_a_new_mae_has_the_weights_of_the_paper_and_a_loaded_one_its_own(recipe_of, tmp_path):
+    for name, module in get_objective("mae")(recipe_of("mae")).build_model().named_modules():
+        if isinstance(module, torch.nn.Linear):
+            rows, columns = module.weight.shape
+            limit = (6 / (rows + columns)) ** 0.5
+            assert 0.9 * limit < module.weight.abs().max() <= limit, name
+    train(recipe_of("mae", max_steps=1, save_steps=1))
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    again = get_objective("mae")(recipe_of("mae"), checkpoint).build_model().state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in load_file(checkpoint / "model.safetensors").items())
 
 
 def test_the_exported_mae_encoder_computes_what_it_did_in_training(recipe_of):
@@ -185,7 +211,7 @@ def test_a_classifier_starts_from_a_pretrained_folder(recipe_of, make_recipe, cl
         ("selective_mae", {"model": {"depth": 3}}, "Unknown model field"),
         ("selective_mae", {"model": {**SELECTIVE, "model_type": "vheat"}}, "remove"),
         ("selective_mae", {"model": {**SELECTIVE, "mask_ratio": 0.3, "kept_mask_ratio": 0.9}}, "too few"),
-        ("selective_mae", {"model": {**SELECTIVE, "num_channels": 10}}, "10 channels"),
+        ("selective_mae", {"model": {**SELECTIVE, "num_channels": 10}}, "10 statistics"),
         ("mae", {"model": {**MAE, "model_type": "vit"}}, "remove"),
         ("mae", {"image_size": 60}, "multiple of the patch"),
     ],

@@ -138,7 +138,7 @@ def test_a_third_sensor_is_a_config_entry_with_statistics(tmp_path, make_recipe)
         ({"preprocessing": {"sar": {"mean": [0.5]}}}, "Invalid preprocessing"),
         ({"objective_options": {"crop_scales": [0.5, 1]}}, "did you mean 'crop_scale'"),
         ({"objective_options": {"crop_scale": [0.9, 0.5]}}, "crop_scale"),
-        ({"model": {"modalities": {"msi": 13}}}, "13 channels"),
+        ({"model": {"modalities": {"msi": 13}}}, "13 statistics"),
     ],
 )
 def test_wrong_entries_are_refused_before_any_work(make_recipe, changes, message):
@@ -201,9 +201,19 @@ def test_classification_trains_both_families(make_recipe, classes, model_type):
     network = objective.build_model()
     terms = objective.loss(network, loaded.batch, 0)
     assert {name: count for name, (_, count) in terms.items()} == objective.counts(loaded.batch)
-    terms["cross_entropy"][0].backward()
+    terms["cross_entropy"][0].sum().backward()
     assert all(p.grad is not None for n, p in network.named_parameters() if "stems.sar" not in n)
     assert objective.processor.size["height"] == 64
+
+
+def test_classification_trains_rs4d(make_recipe, classes):
+    model = {"model_type": "rs4d", "hidden_size": 16, "inner_size": 20, "num_hidden_layers": 2, "state_size": 4}
+    objective = get_objective("classification")(
+        make_recipe(objective="classification", image_folder=str(classes), model=model)
+    )
+    network = objective.build_model()
+    objective.loss(network, read(objective, "optical").batch, 0)["cross_entropy"][0].sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 def test_a_classifier_may_learn_from_sar(tmp_path, make_recipe):

@@ -24,6 +24,14 @@ def test_tables_decay_but_biases_norms_and_layer_scales_do_not(make_recipe):
     assert sum("frequency_embedding" in name or "heat_capacity" in name for name in by_name) == 8
 
 
+def test_the_moments_are_those_of_the_recipe(make_recipe):
+    model: PreTrainedModel = RSVHeatForPreTraining(RSVHeatConfig(**TINY_MODEL))
+    given = make_recipe(adam_betas=(0.9, 0.95), adam_epsilon=1e-6)
+    for recipe, betas, epsilon in ((make_recipe(), (0.9, 0.999), 1e-8), (given, (0.9, 0.95), 1e-6)):
+        for group in build_optimizer(model, recipe, torch.device("cpu")).param_groups:
+            assert (group["betas"], group["eps"]) == (betas, epsilon)
+
+
 def test_the_learning_rate_warms_up_linearly_and_ends_at_the_minimum(make_recipe):
     recipe = make_recipe(max_steps=110, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
     assert [learning_rate(step, recipe) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])

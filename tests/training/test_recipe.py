@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -44,15 +45,22 @@ def test_model_may_be_a_folder_a_dictionary_or_both():
         ("mixed_precision=fp8", "mixed_precision"),
         ("warmup_steps=1000", "'warmup_steps'"),
         ("min_learning_rate=1", "'min_learning_rate'"),
+        ("adam_betas=[0.9,1.0]", "'adam_betas' must lie in [0, 1)"),
+        ("adam_betas=0.9", "adam_betas"),
+        ("prune_ratio=1.0", "'prune_ratio' must be below 1"),
+        ("prune_until=1.5", "'prune_until' must be at most 1"),
         ("preprocessing.sar=3", "preprocessing"),
         ("seed.x=3", "'seed.x' cannot be set"),
+        ("ema_decay=1.0", "'ema_decay' must lie in [0, 1)"),
+        ("trackers=[tensorbord]", "'trackers' may name tensorboard, trackio, wandb"),
+        ("keep_every=0", "'keep_every' must be at least 1"),
         ("batch_size", "not an override"),
         ("model=[1", "Not valid YAML"),
     ],
 )
 def test_a_wrong_entry_is_named(override, message):
     overrides = [*REQUIRED, "seed=1", override]
-    with pytest.raises(ConfigurationError, match=message.replace("(", r"\(")):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
         load_recipe(None, overrides)
 
 

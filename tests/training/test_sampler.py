@@ -1,8 +1,12 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from hf_rsheat.training.sampler import GlobalBatchSampler
+from hf_rsheat.errors import ConfigurationError
+from hf_rsheat.training.image_folder import Sample
+from hf_rsheat.training.recipe import Recipe
+from hf_rsheat.training.sampler import GlobalBatchSampler, build_sampler
 
 GROUPS = ["optical"] * 11 + ["optical+sar"] * 7 + ["sar"]
 
@@ -53,3 +57,34 @@ def test_a_data_set_smaller_than_a_batch_gives_one_batch_an_epoch():
     sampler = GlobalBatchSampler(["optical"] * 3, batch_size=64, seed=0)
     assert sampler.steps_per_epoch == 1
     assert sorted(sampler.global_batch(5)[2].tolist()) == [0, 1, 2]
+
+
+def recipe_with(mixture):
+    return Recipe(objective="mae", image_folder="x", output_dir="y", batch_size=4, mixture=mixture)
+
+
+def folder_samples():
+    return [Sample((("optical", f"{name}/{i}.png"),)) for name in ("flood", "city") for i in range(10)]
+
+
+def test_a_mixture_repeats_and_thins_out_folders_epoch_by_epoch():
+    sampler = build_sampler(recipe_with({"flood": 2.5, "city": 0.3}), folder_samples())
+    assert sampler.steps_per_epoch == 7  # 25 and 3 images
+    epochs = []
+    for epoch in range(40):
+        steps = range(epoch * 7, epoch * 7 + 7)
+        indices = np.concatenate([sampler.global_batch(step)[2] for step in steps])
+        assert len(set(indices)) == len(indices) == 28  # copies have indices, and so random draws, of their own
+        epochs.append(np.bincount(indices % 20, minlength=20))
+    counts = np.array(epochs)
+    assert set(counts[:, :10].ravel()) == {2, 3}
+    assert set(counts[:, 10:].ravel()) == {0, 1}
+    assert (counts[:, :10].sum(1) == 25).all()
+    assert (counts.sum(0) > 0).all()  # which ones are drawn changes
+
+
+def test_a_mixture_of_unknown_folders_or_of_nothing_is_refused():
+    with pytest.raises(ConfigurationError, match="names 'floods', where no image is: did you mean 'flood'"):
+        build_sampler(recipe_with({"floods": 2}), folder_samples())
+    with pytest.raises(ConfigurationError, match="leaves no image"):
+        build_sampler(recipe_with({"flood": 0, "city": 0}), folder_samples())

@@ -37,6 +37,26 @@ def test_bad_input_gives_one_sentence_and_status_1(recipe_file, arguments, messa
     assert "Traceback" not in error
 
 
+def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe_file, tmp_path, capsys):
+    assert main(["--config", recipe_file, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    for part in ("rs_vheat", "4 x optical+sar", "6 x optical", "to 3, 4 an epoch", "RSVHeatForPreTraining, 0.4"):
+        assert part in plan
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_ends_like_the_run_would(recipe_file, tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    for arguments, message in (
+        (["batchsize=3"], "did you mean 'batch_size'"),
+        ([f"image_folder={tmp_path / 'broken'}"], "can be used: a.png: cannot be read"),
+        (["picture_steps=1", "objective=mae", "model={model_type: x}"], "remove model.model_type"),
+    ):
+        assert main(["--config", recipe_file, "--dry-run", *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_debug_shows_where_an_error_was_raised(recipe_file):
     with pytest.raises(ConfigurationError):
         main(["--config", recipe_file, "batchsize=3", "--debug"])

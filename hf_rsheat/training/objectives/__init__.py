@@ -11,6 +11,10 @@ _OBJECTIVES = {
     "classification": "Classification",
     "selective_mae": "SelectiveMAEPretraining",
     "mae": "MAEPretraining",
+    "moco": "MomentumContrastPretraining",
+    "instances": "InstanceSegmentation",
+    "rs4d_distill": "RS4DDistillation",
+    "slimmable": "Slimmable",
 }
 
 

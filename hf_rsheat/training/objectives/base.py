@@ -1,6 +1,7 @@
 """The seam between the training loop and what is learned."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from ..randomness import generator
 from ..recipe import Recipe, build
 
 Terms = dict[str, tuple[torch.Tensor, int]]
+"""Per term the sum of its addends or the addends themselves, and their number."""
 
 
 def check_share_range(name: str, value: tuple[float, float]) -> None:
@@ -61,6 +63,19 @@ class Objective(ABC):
     every_parameter_every_step: ClassVar[bool] = False
     """Whether each step reaches all parameters; where it does not, several processes must look for those left out."""
 
+    addends_per_image: ClassVar[bool] = False
+    """Whether `loss` returns every term as a vector with one addend per image, in batch order; pruning needs it."""
+    reads_manifest: ClassVar[bool] = False
+    """Whether the samples may come from the recipe's `manifest`."""
+    watches_terms: ClassVar[bool] = False
+    """Whether `observe` wants the means of every step; it costs a synchronisation with the device."""
+
+    best_by: ClassVar[str | None] = None
+    """Score of `evaluate` that is highest for the best checkpoint; None for objectives without evaluation."""
+
+    data_digest: str = ""
+    """What else than files and labels the samples depend on, e.g. annotations; a resumed run notices a change."""
+
     config: PreTrainedConfig
     processor: Any
     samples: list[Sample]
@@ -79,6 +94,20 @@ class Objective(ABC):
     def exported(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model that the Hub folder at the end holds, made of the trained one."""
         return model
+
+    def observe(self, means: dict[str, float]) -> None:  # noqa: B027 - most objectives need none
+        """Take note of a step's mean per term, over all processes; called after each step where `watches_terms`."""
+
+    def state(self) -> dict[str, Any]:
+        """What `observe` has gathered, as JSON values; every checkpoint holds it."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - as above
+        """Continue from the `state` of the checkpoint being resumed."""
+
+    def card_context(self, context: dict[str, Any]) -> dict[str, Any]:
+        """The facts on the exported card: an objective may add notes, and replaces options that name local paths."""
+        return context
 
     @abstractmethod
     def channels(self, modality: str) -> int:
@@ -108,7 +137,27 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Terms:
-        """Per term the *sum* over the batch and the number of addends; terms without addends may be left out."""
+        """Per term the *sum* over the batch, or its addends, and their number; one without addends may be left out."""
+
+    def picture(self, model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+        """Columns of a picture of the run, e.g. input, masked input and reconstruction; none by default.
+
+        Returns:
+            Each column `(batch, channels, height, width)` from 0 to 1.
+        """
+        return []
+
+    def evaluate(
+        self, model: PreTrainedModel, share: slice, gather: Callable[[list[Any]], list[Any]]
+    ) -> dict[str, float] | None:
+        """Measure the model on data of its own, so that the best checkpoint can be chosen; None where there is none.
+
+        Args:
+            model: The model; left in the mode it came in.
+            share: Which samples this process takes.
+            gather: Joins lists over all processes.
+        """
+        return None
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """The numbers of addends that `loss` will return, from the batch alone."""

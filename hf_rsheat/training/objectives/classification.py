@@ -12,12 +12,15 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ...errors import ConfigurationError
+from ...models.configuration_rs4d import RS4DConfig
 from ...models.configuration_rs_vheat import RSVHeatConfig
 from ...models.configuration_selective_mae import SelectiveMAEConfig
 from ...models.configuration_vheat import VHeatConfig
+from ...models.image_processing_rs4d import RS4DImageProcessor
 from ...models.image_processing_rs_vheat import RSVHeatImageProcessor
 from ...models.image_processing_selective_mae import SelectiveMAEImageProcessor
 from ...models.image_processing_vheat import VHeatImageProcessor
+from ...models.modeling_rs4d import RS4DForImageClassification
 from ...models.modeling_rs_vheat import RSVHeatForImageClassification
 from ...models.modeling_selective_mae import SelectiveMAEForImageClassification
 from ...models.modeling_vheat import VHeatForImageClassification
@@ -25,14 +28,16 @@ from ..augmentation import Geometry
 from ..data import Batch
 from ..image_folder import DecodedSample, check_modalities, scan_classes
 from ..normalization import normalize, resolve_processor
-from ..recipe import Recipe, did_you_mean
-from ..starting_point import resolve_config, resolve_model, stored_model_type
+from ..recipe import Recipe
+from ..starting_point import resolve_config, resolve_model
 from .base import AugmentationOptions, Objective, Terms
+from .families import find_modality, find_model_type, sensor_channels
 
 _FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "rs_vheat": (RSVHeatConfig, RSVHeatForImageClassification, RSVHeatImageProcessor),
     "vheat": (VHeatConfig, VHeatForImageClassification, VHeatImageProcessor),
     "selective_mae": (SelectiveMAEConfig, SelectiveMAEForImageClassification, SelectiveMAEImageProcessor),
+    "rs4d": (RS4DConfig, RS4DForImageClassification, RS4DImageProcessor),
 }
 
 
@@ -54,42 +59,27 @@ class ClassificationOptions(AugmentationOptions):
 
 
 class Classification(Objective):
-    """Cross-entropy on class folders. `model.model_type` chooses `rs_vheat` (default), `vheat` or `selective_mae`.
+    """Cross-entropy on class folders. `model.model_type`: `rs_vheat` (default), `vheat`, `selective_mae` or `rs4d`.
 
     Started from a pretraining folder, the trunk is loaded and the classifier is new. Terms: `cross_entropy`, and
     `accuracy`, which is only logged.
     """
 
     Options = ClassificationOptions
+    addends_per_image = True
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
         super().__init__(recipe, checkpoint)
-        self._model_type = self._find_model_type()
+        self._model_type = find_model_type(recipe, checkpoint, _FAMILIES, "rs_vheat")
         config_class, self._model_class, processor_class = _FAMILIES[self._model_type]
         self.config = resolve_config(config_class, recipe, checkpoint)
-        self._channels: dict[str, int] = (
-            dict(self.config.modalities) if self._model_type == "rs_vheat" else {"optical": self.config.num_channels}
-        )
+        self._channels = sensor_channels(self.config)
         check_modalities(self._channels)
-        self.samples, classes = scan_classes(Path(recipe.image_folder), self._find_modality())
+        self.samples, classes = scan_classes(
+            Path(recipe.image_folder), find_modality(recipe, self.config, self._channels)
+        )
         self._name_classes(classes)
         self.processor = resolve_processor(processor_class, recipe, checkpoint, self._channels)
-
-    def _find_model_type(self) -> str:
-        wanted = self.recipe.model_fields.get("model_type")
-        start = self.checkpoint or self.recipe.pretrained
-        found = stored_model_type(start) if start else wanted or "rs_vheat"
-        if found not in _FAMILIES:
-            raise ConfigurationError(f"Unknown model_type '{found}': {did_you_mean(str(found), _FAMILIES)}")
-        if wanted not in (None, found):
-            raise ConfigurationError(f"'{start}' holds a '{found}' model, not '{wanted}': remove model.model_type.")
-        return str(found)
-
-    def _find_modality(self) -> str:
-        modality = str(self.recipe.modality or getattr(self.config, "default_modality", "optical"))
-        if modality not in self._channels:
-            raise ConfigurationError(f"Unknown modality '{modality}': {did_you_mean(modality, self._channels)}")
-        return modality
 
     def _name_classes(self, classes: list[str]) -> None:
         names = dict(enumerate(classes))
@@ -132,9 +122,9 @@ class Classification(Objective):
         sensor = {"modality": batch["modality"]} if self._model_type == "rs_vheat" else {}
         logits = model(pixel_values=batch["pixel_values"], **sensor).logits
         entropy = functional.cross_entropy(
-            logits.float(), labels, reduction="sum", label_smoothing=float(self.options.label_smoothing)
+            logits.float(), labels, reduction="none", label_smoothing=float(self.options.label_smoothing)
         )
         return {
             "cross_entropy": (entropy, len(labels)),
-            "accuracy": ((logits.argmax(-1) == labels).sum(), len(labels)),
+            "accuracy": ((logits.argmax(-1) == labels).float(), len(labels)),
         }

@@ -12,11 +12,13 @@ from ...errors import ConfigurationError
 from ...models.configuration_selective_mae import SelectiveMAEConfig
 from ...models.image_processing_selective_mae import SelectiveMAEImageProcessor
 from ...models.modeling_selective_mae import SelectiveMAEModel
-from ...models.selective_mae_layers import sincos_table
+from ...models.selective_mae_layers import patchify, sincos_table
+from ...patch_figures import patch_views
 from ..augmentation import Geometry
 from ..data import Batch
-from ..image_folder import DecodedSample, check_modalities, scan_modalities
-from ..normalization import normalize, resolve_processor
+from ..image_folder import DecodedSample, check_modalities
+from ..manifest import find_scenes
+from ..normalization import denormalize, normalize, resolve_processor
 from ..recipe import Recipe
 from ..starting_point import resolve_config, resolve_model
 from .base import Objective, Terms
@@ -46,6 +48,8 @@ class MAEPretraining(Objective):
 
     Options = MaskedAutoencoderOptions
     every_parameter_every_step = True
+    addends_per_image = True
+    reads_manifest = True
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
         super().__init__(recipe, checkpoint)
@@ -62,13 +66,13 @@ class MAEPretraining(Objective):
         channels = {MODALITY: self.config.num_channels}
         check_modalities(channels)
         self.processor = resolve_processor(SelectiveMAEImageProcessor, recipe, checkpoint, channels)
-        self.samples = scan_modalities(Path(recipe.image_folder), [MODALITY], MODALITY)
-        self._side = recipe.image_size // patch_size
+        self.samples = find_scenes(recipe, [MODALITY], MODALITY)
+        self._patch_size, self._side = patch_size, recipe.image_size // patch_size
 
     def build_model(self) -> PreTrainedModel:
         model: Any = resolve_model(ViTMAEForPreTraining, self.config, self.recipe, self.checkpoint)
         if self.checkpoint is None and self.recipe.pretrained is None:
-            initialize_positions(model, self._side)
+            initialize(model, self._side)
         for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
             table.requires_grad_(False)  # transformers' loader makes them trainable
         return model
@@ -96,22 +100,57 @@ class MAEPretraining(Objective):
         return {"reconstruction": len(batch["pixel_values"])}
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Terms:
-        images = len(batch["pixel_values"])
-        # Every image has equally many masked patches: the mean over patches is the mean over images.
-        return {"reconstruction": (model(**batch).loss * images, images)}
+        output = model(**batch)
+        patches = patchify(batch["pixel_values"], self._patch_size)
+        losses = loss_per_image(patches, output.logits, output.mask, self.config.norm_pix_loss)
+        return {"reconstruction": (losses, len(losses))}
+
+    def picture(self, model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+        """Input, encoded patches, and these with the reconstructed ones."""
+        output, pixel_values = model(**batch), batch["pixel_values"]
+        masked = output.mask.bool()
+        views = patch_views(
+            pixel_values, self._patch_size, ~masked, masked, output.logits, standardised=self.config.norm_pix_loss
+        )
+        shown = (pixel_values, views.encoded, views.restored)
+        return [denormalize(self.processor, view, MODALITY) for view in shown]
+
+
+def loss_per_image(
+    patches: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor, norm_pix_loss: bool
+) -> torch.Tensor:
+    """What ViTMAE's loss is the mean of, since transformers returns the mean only.
+
+    Args:
+        patches: The images as `patchify` cuts them, `(batch, patches, patch_size**2 * channels)`.
+        logits: Predicted patches of the same shape.
+        mask: 1 where a patch was masked, `(batch, patches)`; equally many in every image.
+        norm_pix_loss: Whether each patch is standardised first.
+
+    Returns:
+        Mean squared error over the masked patches, float32 `(batch,)`.
+    """
+    if norm_pix_loss:
+        patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    errors = (logits.float() - patches).square().mean(-1)
+    return (errors * mask).sum(1) / mask.sum(1)
 
 
 @torch.no_grad()
-def initialize_positions(model: Any, side: int) -> None:
-    """Give a new ViTMAE of `side * side` patches MAE's fixed positions, and its mask token some noise.
+def initialize(model: Any, side: int) -> None:
+    """Give a new ViTMAE of `side * side` patches MAE's fixed positions, mask token and weights (appendix A.1).
 
     transformers (seen in 5.23) leaves both position tables of a model that is not loaded at zero, and freezes them:
-    such a model could not tell one patch from another.
+    such a model could not tell one patch from another. Its weights have a spread of 0.02 at any width, where MAE takes
+    Xavier's uniform ones, which small models need to learn anything in a short time.
     """
     for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         table[:, 0] = 0
         table[:, 1:] = sincos_table(side, side, table.shape[-1])
     model.decoder.mask_token.normal_(std=model.config.initializer_range)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
 
 
 def encoder_of(model: Any) -> SelectiveMAEModel:

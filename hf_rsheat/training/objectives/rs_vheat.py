@@ -14,8 +14,9 @@ from ...models.image_processing_rs_vheat import RSVHeatImageProcessor
 from ...models.modeling_rs_vheat import RSVHeatForPreTraining
 from ..augmentation import Geometry
 from ..data import Batch
-from ..image_folder import DecodedSample, Sample, check_modalities, scan_modalities
-from ..normalization import normalize, resolve_processor
+from ..image_folder import DecodedSample, Sample, check_modalities, pair_up
+from ..manifest import find_scenes
+from ..normalization import denormalize, normalize, resolve_processor
 from ..recipe import Recipe, did_you_mean
 from ..starting_point import resolve_config, resolve_model
 from .base import Objective, Terms
@@ -29,6 +30,8 @@ class RSVHeatPretraining(Objective):
     Terms: `spatial` and `frequency`, one addend per image; `contrastive`, one per pair. The mask's radius is drawn per
     sample, so that neither workers nor processes change it.
     """
+
+    reads_manifest = True
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
         super().__init__(recipe, checkpoint)
@@ -45,12 +48,7 @@ class RSVHeatPretraining(Objective):
         default = self.recipe.modality or self.config.default_modality
         if default not in known:
             raise ConfigurationError(f"Unknown modality '{default}': {did_you_mean(default, known)}")
-        scenes = scan_modalities(Path(self.recipe.image_folder), sorted(known), default)
-        # The loss compares two sensors at a time: scenes with more of them become one pair per further sensor.
-        samples: list[Sample] = []
-        for scene in scenes:
-            first, *others = scene.files
-            samples += [Sample((first, other)) for other in others] or [scene]
+        samples = pair_up(find_scenes(self.recipe, sorted(known), default))
         for modality in known:
             if not any(modality == name for sample in samples for name, _ in sample.files):
                 logger.warning(
@@ -107,3 +105,10 @@ class RSVHeatPretraining(Objective):
             "contrastive": output.contrastive_loss,
         }
         return {term: (values.sum(), len(values)) for term, values in losses.items() if values is not None}
+
+    def picture(self, model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+        """Input, input without low frequencies, without high ones, and what is restored from the two."""
+        modality = batch["modality"]
+        output = model(batch["pixel_values"], modality=modality, mask_radius=batch["mask_radius"])
+        views = (batch["pixel_values"], output.low_cut, output.high_cut, output.reconstruction)
+        return [denormalize(self.processor, view, modality) for view in views]

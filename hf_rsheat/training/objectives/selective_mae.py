@@ -14,10 +14,12 @@ from ...models.configuration_selective_mae import SelectiveMAEConfig
 from ...models.image_processing_selective_mae import SelectiveMAEImageProcessor
 from ...models.modeling_selective_mae import SelectiveMAEForPreTraining
 from ...models.token_selection import permutation_lengths, stage_at, token_counts
+from ...patch_figures import selective_mae_views
 from ..augmentation import Geometry
 from ..data import Batch
-from ..image_folder import DecodedSample, check_modalities, scan_modalities
-from ..normalization import normalize, resolve_processor
+from ..image_folder import DecodedSample, check_modalities
+from ..manifest import find_scenes
+from ..normalization import denormalize, normalize, resolve_processor
 from ..randomness import generator
 from ..recipe import Recipe
 from ..starting_point import resolve_config, resolve_model
@@ -47,6 +49,8 @@ class SelectiveMAEPretraining(Objective):
 
     Options = MaskedAutoencoderOptions
     every_parameter_every_step = True
+    addends_per_image = True
+    reads_manifest = True
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
         super().__init__(recipe, checkpoint)
@@ -56,7 +60,7 @@ class SelectiveMAEPretraining(Objective):
         channels = {MODALITY: self.config.num_channels}
         check_modalities(channels)
         self.processor = resolve_processor(SelectiveMAEImageProcessor, recipe, checkpoint, channels)
-        self.samples = scan_modalities(Path(recipe.image_folder), [MODALITY], MODALITY)
+        self.samples = find_scenes(recipe, [MODALITY], MODALITY)
         rows, columns = self.config.grid(recipe.image_size, recipe.image_size)
         self._length = rows * columns
         try:
@@ -98,7 +102,13 @@ class SelectiveMAEPretraining(Objective):
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Terms:
         progress = min(1.0, step / self.recipe.max_steps)
         output = model(**batch, progress=progress, permutations=self._permutations(progress, step))
-        return {"reconstruction": (output.loss_per_image.sum(), len(output.loss_per_image))}
+        return {"reconstruction": (output.loss_per_image, len(output.loss_per_image))}
+
+    def picture(self, model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+        """Input, encoded patches, and these with the reconstructed ones; the patches are the same at every step."""
+        views = selective_mae_views(model, batch["pixel_values"])
+        shown = (batch["pixel_values"], views.encoded, views.restored)
+        return [denormalize(self.processor, view, MODALITY) for view in shown]
 
     def _permutations(self, progress: float, step: int) -> list[torch.Tensor]:
         """The permutations that all images of a step share, on every process."""
