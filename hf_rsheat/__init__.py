@@ -13,17 +13,20 @@ if TYPE_CHECKING:
     from hf_rsheat.hub.verify import from_pretrained_verified, verify
     from hf_rsheat.models.configuration_heat_upernet import HeatUperNetConfig
     from hf_rsheat.models.configuration_rs4d import RS4DConfig
+    from hf_rsheat.models.configuration_rs4d_instances import RS4DInstanceConfig
     from hf_rsheat.models.configuration_rs_vheat import RSVHeatConfig
     from hf_rsheat.models.configuration_selective_mae import SelectiveMAEConfig
     from hf_rsheat.models.configuration_vheat import VHeatConfig
     from hf_rsheat.models.frequency_masking import frequency_mask, frequency_target
-    from hf_rsheat.models.heat_pretrained import adapt_input_channels
     from hf_rsheat.models.image_processing_rs4d import RS4DImageProcessor
     from hf_rsheat.models.image_processing_rs_vheat import RSVHeatImageProcessor
     from hf_rsheat.models.image_processing_selective_mae import SelectiveMAEImageProcessor
     from hf_rsheat.models.image_processing_vheat import VHeatImageProcessor
+    from hf_rsheat.models.input_channels import adapt_input_channels
     from hf_rsheat.models.modeling_heat_upernet import HeatUperNetForSemanticSegmentation
     from hf_rsheat.models.modeling_rs4d import RS4DBackbone, RS4DForImageClassification, RS4DModel
+    from hf_rsheat.models.modeling_rs4d_distillation import RS4DForDistillation
+    from hf_rsheat.models.modeling_rs4d_instances import RS4DForInstanceSegmentation
     from hf_rsheat.models.modeling_rs_vheat import (
         RSVHeatBackbone,
         RSVHeatForImageClassification,
@@ -46,11 +49,11 @@ _MODULES = {
     "hub": ["export", "from_pretrained_verified", "verify"],
     "models.configuration_heat_upernet": ["HeatUperNetConfig"],
     "models.configuration_rs4d": ["RS4DConfig"],
+    "models.configuration_rs4d_instances": ["RS4DInstanceConfig"],
     "models.configuration_rs_vheat": ["RSVHeatConfig"],
     "models.configuration_selective_mae": ["SelectiveMAEConfig"],
     "models.configuration_vheat": ["VHeatConfig"],
     "models.frequency_masking": ["frequency_mask", "frequency_target"],
-    "models.heat_pretrained": ["adapt_input_channels"],
     "models.image_processing_pil_rs4d": ["RS4DImageProcessorPil"],
     "models.image_processing_pil_rs_vheat": ["RSVHeatImageProcessorPil"],
     "models.image_processing_pil_selective_mae": ["SelectiveMAEImageProcessorPil"],
@@ -59,8 +62,11 @@ _MODULES = {
     "models.image_processing_rs_vheat": ["RSVHeatImageProcessor"],
     "models.image_processing_selective_mae": ["SelectiveMAEImageProcessor"],
     "models.image_processing_vheat": ["VHeatImageProcessor"],
+    "models.input_channels": ["adapt_input_channels"],
     "models.modeling_heat_upernet": ["HeatUperNetForSemanticSegmentation"],
     "models.modeling_rs4d": ["RS4DBackbone", "RS4DForImageClassification", "RS4DModel"],
+    "models.modeling_rs4d_distillation": ["RS4DForDistillation"],
+    "models.modeling_rs4d_instances": ["RS4DForInstanceSegmentation"],
     "models.modeling_rs_vheat": [
         "RSVHeatBackbone",
         "RSVHeatForImageClassification",

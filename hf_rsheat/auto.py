@@ -46,6 +46,8 @@ def register() -> None:
         )
     _register_selective_mae()
     _register_rs4d()
+    _register_rs4d_instances()
+    _register_slim_dinov2()
 
 
 def _register_selective_mae() -> None:
@@ -74,11 +76,46 @@ def _register_rs4d() -> None:
     from hf_rsheat.models import image_processing_pil_rs4d as pil
     from hf_rsheat.models import image_processing_rs4d as torchvision
     from hf_rsheat.models import modeling_rs4d as modeling
+    from hf_rsheat.models.modeling_rs4d_distillation import RS4DForDistillation
 
     config = modeling.RS4DConfig
     transformers.AutoConfig.register(config.model_type, config)
     transformers.AutoModel.register(config, modeling.RS4DModel)
     transformers.AutoModelForImageClassification.register(config, modeling.RS4DForImageClassification)
+    transformers.AutoModelForPreTraining.register(config, RS4DForDistillation)
     transformers.AutoBackbone.register(config, modeling.RS4DBackbone)
     backends: dict[str, type] = {"torchvision": torchvision.RS4DImageProcessor, "pil": pil.RS4DImageProcessorPil}
+    transformers.AutoImageProcessor.register(config, image_processor_classes=backends)
+
+
+def _register_rs4d_instances() -> None:
+    import transformers
+
+    from hf_rsheat.models import image_processing_pil_rs4d as pil
+    from hf_rsheat.models import image_processing_rs4d as torchvision
+    from hf_rsheat.models import modeling_rs4d_instances as modeling
+
+    config = modeling.RS4DInstanceConfig
+    transformers.AutoConfig.register(config.model_type, config)
+    transformers.AutoModelForInstanceSegmentation.register(config, modeling.RS4DForInstanceSegmentation)
+    # The class that pipeline("image-segmentation") looks for.
+    transformers.AutoModelForImageSegmentation.register(config, modeling.RS4DForInstanceSegmentation)
+    backends: dict[str, type] = {"torchvision": torchvision.RS4DImageProcessor, "pil": pil.RS4DImageProcessorPil}
+    transformers.AutoImageProcessor.register(config, image_processor_classes=backends)
+
+
+def _register_slim_dinov2() -> None:
+    import transformers
+
+    from hf_rsheat.models import modeling_slim_dinov2 as modeling
+
+    config = modeling.SlimDinov2Config
+    transformers.AutoConfig.register(config.model_type, config)
+    transformers.AutoModel.register(config, modeling.SlimDinov2Model)
+    transformers.AutoModelForImageClassification.register(config, modeling.SlimDinov2ForImageClassification)
+    transformers.AutoBackbone.register(config, modeling.SlimDinov2Backbone)
+    backends: dict[str, type] = {
+        "torchvision": transformers.BitImageProcessor,
+        "pil": transformers.BitImageProcessorPil,
+    }
     transformers.AutoImageProcessor.register(config, image_processor_classes=backends)

@@ -12,8 +12,11 @@ from hf_rsheat import (
     HeatUperNetForSemanticSegmentation,
     RS4DBackbone,
     RS4DConfig,
+    RS4DForDistillation,
     RS4DForImageClassification,
+    RS4DForInstanceSegmentation,
     RS4DImageProcessor,
+    RS4DInstanceConfig,
     RS4DModel,
     RSVHeatBackbone,
     RSVHeatConfig,
@@ -59,6 +62,16 @@ def selective_mae_config(**fields) -> SelectiveMAEConfig:
 
 def upernet_config(backbone) -> HeatUperNetConfig:
     return HeatUperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_channels=8, num_labels=3)
+
+
+def instance_config(backbone=None, head: str = "bbox", **fields) -> RS4DInstanceConfig:
+    tiny = {"feature_size": 16, "aggregator_size": 8, "fc_size": 16, "mask_num_convs": 1, "num_labels": 3}
+    if head == "prompt":
+        decoder = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 16, "iou_head_hidden_dim": 16}
+        tiny["mask_decoder_config"] = decoder
+    backbone = rs4d_config() if backbone is None else backbone
+    numbers = {"rpn_max_per_img": 20, "rpn_max_per_img_train": 40, "rcnn_num_samples": 24, "max_per_img": 8}
+    return RS4DInstanceConfig(**{"backbone_config": backbone, "head": head, **tiny, **numbers, **fields})
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,9 @@ ZOO = {
         "logits",
         RS4DImageProcessor,
     ),
+    "rs4d-distillation": Entry(
+        lambda: RS4DForDistillation(rs4d_config(teacher_channels=24)), "feature_map", RS4DImageProcessor, stride=16
+    ),
     "rs4d-backbone": Entry(
         lambda: RS4DBackbone(rs4d_config(out_indices=[1, 2])), "feature_maps", RS4DImageProcessor, stride=16
     ),
@@ -135,6 +151,15 @@ ZOO = {
         ),
         "logits",
         RS4DImageProcessor,
+    ),
+    "rs4d-instances": Entry(
+        lambda: RS4DForInstanceSegmentation(instance_config()), "pred_masks", RS4DImageProcessor, stride=16
+    ),
+    "rs4d-prompted-instances": Entry(
+        lambda: RS4DForInstanceSegmentation(instance_config(head="prompt")),
+        "pred_masks",
+        RS4DImageProcessor,
+        stride=16,
     ),
     "selective-mae": Entry(
         lambda: SelectiveMAEModel(selective_mae_config()), "last_hidden_state", SelectiveMAEImageProcessor

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import HFRSHeatError
-from . import bench, convert, evaluation, hub
+from . import bench, convert, distill, evaluation, hub, runs, slimming
 
 app = typer.Typer(
     name="hf-rsheat",
@@ -27,9 +27,15 @@ for _verb in (
     evaluation.evaluate,
     hub.serve,
     hub.space,
+    slimming.slim,
+    slimming.redundancy,
+    runs.plan,
+    runs.runs,
+    runs.plot,
     evaluation.demo,
 ):
     app.command()(_verb)
+app.add_typer(distill.app, name="distill")
 app.add_typer(bench.app, name="bench")
 
 _options = {"debug": False}

@@ -34,7 +34,9 @@ def embed(
 
 def evaluate(
     folder: Folder,
-    data: Annotated[Path, typer.Option(help="Folder with one sub-folder of images per class.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder with one sub-folder of images per class; for a detector its COCO file.")
+    ],
     task: Annotated[Task, typer.Option(help="Probe frozen features, or test a classifier.")] = Task.KNN,
     output: Annotated[Path | None, typer.Option(help="JSON file to write; model cards read it.")] = None,
     folds: Annotated[int, typer.Option(min=2)] = 5,
@@ -43,11 +45,30 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option(help="Also the untrained network and a colour and gradient histogram.")
     ] = True,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="32 if not given; 4 for a detector.")] = None,
     modality: Annotated[str | None, typer.Option(help="Sensor of the images (RS-vHeat).")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the COCO file's images: measures average precision of a detector.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG of a detector's finds, misses and false alarms.")] = None,
+    score_threshold: Annotated[float, typer.Option(help="For a detector's confusion table and picture.")] = 0.5,
 ) -> None:
-    """Measure a model on labelled images, with intervals and baselines."""
+    """Measure a model on labelled images, with intervals and baselines; a detector with COCO's average precision."""
     register_models()
+    if images is not None:
+        from hf_rsheat.evaluation.instances import evaluate_instances, report_instances
+
+        found = evaluate_instances(
+            folder,
+            data,
+            images,
+            output,
+            picture=picture,
+            score_threshold=score_threshold,
+            batch_size=batch_size or 4,
+        )
+        typer.echo(report_instances(found))
+        return
     from hf_rsheat.evaluation import evaluate as run
     from hf_rsheat.evaluation.evaluate import report
 
@@ -59,7 +80,7 @@ def evaluate(
         repeats=repeats,
         k=neighbours,
         baselines=baselines,
-        batch_size=batch_size,
+        batch_size=batch_size or 32,
         modality=modality,
         output_json=output,
     )

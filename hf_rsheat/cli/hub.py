@@ -1,5 +1,6 @@
 """Verbs around Hub-ready folders: export, card, verify, push, serve, space."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +19,29 @@ def push_folder(folder: Path, repo: str, **options) -> None:
         typer.echo(f"Pushed and verified: {result.pull_request or f'{result.repo_id}@{result.revision}'}")
 
 
-def export(folder: Folder, output: Output) -> None:
-    """Write a Hub-ready folder (weights, remote code, card) from a checkpoint folder."""
+class Format(StrEnum):
+    """What `export` writes."""
+
+    HUB = "hub"
+    ONNX = "onnx"
+
+
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Argument(help="Folder to write; with `--format onnx` the file.")],
+    format_: Annotated[Format, typer.Option("--format", help="A Hub-ready folder, or one ONNX file.")] = Format.HUB,
+    image_size: Annotated[int | None, typer.Option(min=32, help="Side of the images that ONNX is written for.")] = None,
+    modality: Annotated[str | None, typer.Option(help="Sensor that ONNX is written for (RS-vHeat).")] = None,
+) -> None:
+    """Write a Hub-ready folder (weights, remote code, card) from a checkpoint folder, or an ONNX file."""
     register_models()
+    if format_ is Format.ONNX:
+        from hf_rsheat.hub.onnx import export_folder_onnx
+
+        differences = export_folder_onnx(folder, output, image_size=image_size, modality=modality)
+        worst = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        typer.echo(f"Wrote {output}; largest differences from PyTorch, of the largest value: {worst}")
+        return
     from hf_rsheat.hub import export_folder
 
     typer.echo(f"Wrote {export_folder(folder, output)}")

@@ -20,6 +20,7 @@ from hf_rsheat.hub.records import PROVENANCE, weights_digest
 TASKS = {
     "ForImageClassification": "image-classification",
     "ForSemanticSegmentation": "image-segmentation",
+    "ForInstanceSegmentation": "image-segmentation",
 }
 HUB_TASKS = {"image-classification", "image-feature-extraction", "image-segmentation"}
 # Licence identifiers of the Hub that our cards use; "unknown" is the Hub's own word for terms nobody stated.
@@ -107,13 +108,18 @@ def add_picture(folder: Path, image_file: Path) -> None:
     """
     from hf_rsheat.figures import pretraining_figure  # needs the extra `viz`
     from hf_rsheat.hub.export import load_folder
+    from hf_rsheat.patch_figures import reconstruction_figure
 
+    figures = {"RSVHeatForPreTraining": pretraining_figure, "SelectiveMAEForPreTraining": reconstruction_figure}
     model, processor = load_folder(folder)
-    if not type(model).__name__.endswith("ForPreTraining"):
-        raise ConfigurationError(f"{folder} holds a {type(model).__name__}: only pretraining models have a picture.")
+    figure = figures.get(type(model).__name__)
+    if figure is None:
+        raise ConfigurationError(
+            f"{folder} holds a {type(model).__name__}: only {' and '.join(figures)} have a picture."
+        )
     try:
         with Image.open(image_file) as image:
-            pretraining_figure(model, processor, image, folder / PICTURE)
+            figure(model, processor, image, folder / PICTURE)
     except OSError as error:
         raise ConfigurationError(f"{image_file} cannot be read as an image: {error}.") from error
 
@@ -159,7 +165,7 @@ def _metadata(
     task = next((task for suffix, task in TASKS.items() if class_name.endswith(suffix)), "image-feature-extraction")
     results = [
         EvalResult(
-            task_type="image-classification",
+            task_type="image-segmentation" if result["task"] == "instances" else "image-classification",
             task_name=f"{result['task']} ({result['protocol']})",
             dataset_name=result["dataset"]["name"],
             dataset_type=result["dataset"]["name"],
@@ -202,7 +208,9 @@ def _count_parameters(folder: Path) -> int:
 def _auto_class(class_name: str) -> str:
     if class_name.endswith("Backbone"):
         return "AutoBackbone"
-    for suffix in ("ForImageClassification", "ForSemanticSegmentation", "ForPreTraining"):
+    if class_name.endswith("ForDistillation"):
+        return "AutoModelForPreTraining"
+    for suffix in (*TASKS, "ForPreTraining"):
         if class_name.endswith(suffix):
             return f"AutoModel{suffix}"
     return "AutoModel"

@@ -42,6 +42,12 @@ AUTO_CLASSES = {
         "AutoModel": "modeling_rs4d.RS4DModel",
         "AutoBackbone": "modeling_rs4d.RS4DBackbone",
         "AutoModelForImageClassification": "modeling_rs4d.RS4DForImageClassification",
+        "AutoModelForPreTraining": "modeling_rs4d_distillation.RS4DForDistillation",
+    },
+    "rs4d_instances": {
+        "AutoConfig": "configuration_rs4d_instances.RS4DInstanceConfig",
+        "AutoModelForInstanceSegmentation": "modeling_rs4d_instances.RS4DForInstanceSegmentation",
+        "AutoModelForImageSegmentation": "modeling_rs4d_instances.RS4DForInstanceSegmentation",  # pipelines ask for it
     },
     "heat_upernet": {
         "AutoConfig": "configuration_heat_upernet.HeatUperNetConfig",

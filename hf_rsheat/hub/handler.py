@@ -9,6 +9,7 @@ An image is the base64 text of a PNG, JPEG, TIFF, WebP, BMP or GIF file (with or
 bytes of such a file, or a PIL image. An `https://` address is fetched only where that was allowed. Parameters:
 
     top_k          classifiers: how many classes, default 5
+    threshold      detectors: least score of an object, 0 to 1, default 0.5
     features       true: also the pooled feature vector (models without a head always give it)
     heat_maps      true: also one small grey PNG per stage, the mean absolute feature at each position
     heat_source    [row, column] as shares of the model's input, 0 to 1: heat maps of how much the features change when
@@ -19,9 +20,10 @@ bytes of such a file, or a PIL image. An `https://` address is fetched only wher
     rescale_factor from stored to pixel values, for 16-bit images: 1/10000 for reflectance, 1/65535 for full range
 
 Classifiers answer `[{"label", "score"}, ...]`, segmenters `[{"label", "score", "mask"}, ...]` as the pipelines of
-transformers do; when more is asked for, an object with that list as "predictions". All other models answer an object
-with "features". A list of images gives a list of answers. Pictures are base64 PNGs; a heat map is scaled to its own
-maximum; of a reconstruction with other than 3 bands, the first is shown.
+transformers do; detectors add each object's "box": left, top, right and bottom in pixels. When more is asked for, an
+object with that list as "predictions". All other models answer an object with "features". A list of images gives a list
+of answers. Pictures are base64 PNGs; a heat map is scaled to its own maximum; of a reconstruction with other than 3
+bands, the first is shown.
 
 A refused request answers `{"error": {"status": 4xx, "message": why}}`: look for "error" first, because a hosting server
 may send it with status 200.
@@ -54,12 +56,13 @@ ALLOW_URLS = "HF_RSHEAT_ALLOW_URLS"
 AUTO_CLASSES = {
     "ForImageClassification": "AutoModelForImageClassification",
     "ForSemanticSegmentation": "AutoModelForSemanticSegmentation",
+    "ForInstanceSegmentation": "AutoModelForInstanceSegmentation",
     "ForPreTraining": "AutoModelForPreTraining",
     "Backbone": "AutoBackbone",
     "Model": "AutoModel",
 }
 PATCH = 16  # side of the heated patch in pixels of the model's input
-WITH_HEAD = ("ForImageClassification", "ForSemanticSegmentation")
+WITH_HEAD = ("ForImageClassification", "ForSemanticSegmentation", "ForInstanceSegmentation")
 
 
 def _is_flag(value: Any) -> bool:
@@ -79,6 +82,7 @@ class Parameters:
     """The parameters of a request, checked; see the module."""
 
     top_k: int | None = _parameter(lambda value: type(value) is int and value >= 1, "a whole number of at least 1")
+    threshold: float | None = _parameter(_is_share, "a number from 0 to 1")
     features: bool = _parameter(_is_flag, "true or false", False)
     heat_maps: bool = _parameter(_is_flag, "true or false", False)
     heat_source: tuple[float, float] | None = _parameter(
@@ -185,6 +189,8 @@ class EndpointHandler:
         name = type(self.model).__name__
         if parameters.top_k is not None and self.kind != "ForImageClassification":
             raise RequestError(400, f"top_k is for classifiers; this model is a {name}.")
+        if parameters.threshold is not None and self.kind != "ForInstanceSegmentation":
+            raise RequestError(400, f"threshold is for detectors; this model is a {name}.")
         reconstructs = self.kind == "ForPreTraining" and hasattr(self.model.config, "mask_radius_range")
         if (parameters.reconstruction or parameters.mask_radius is not None) and not reconstructs:
             raise RequestError(400, f"Only RS-vHeat pretraining models reconstruct; this model is a {name}.")
@@ -192,18 +198,18 @@ class EndpointHandler:
             known = f"has {', '.join(self.modalities)}" if self.modalities else "has no choice of sensor"
             raise RequestError(400, f"Unknown modality {parameters.modality[:40]!r}: this model {known}.")
 
-    def preprocess(self, item: Any, parameters: Parameters) -> tuple[torch.Tensor, tuple[int, int], dict[str, str]]:
+    def preprocess(self, item: Any, parameters: Parameters) -> tuple[torch.Tensor, tuple[int, int], dict[str, Any]]:
         """Read one image of a request.
 
         Returns:
             `pixel_values` `(1, channels, height, width)` as the model takes them, the image's own (width, height), and
-            the `modality` argument of models that have one.
+            the model's other arguments: `modality` where there is a choice, `pixel_mask` for detectors.
 
         Raises:
             RequestError: The image is refused.
         """
         image = read_image(item, self.limits, self.allow_urls)
-        sensor = {}
+        sensor: dict[str, Any] = {}
         if self.modalities:  # named in any case: processor and model must mean the same one
             sensor["modality"] = parameters.modality or self.model.config.default_modality
         options: dict[str, Any] = {"return_tensors": "pt", **sensor}
@@ -211,11 +217,15 @@ class EndpointHandler:
             options["rescale_factor"] = float(parameters.rescale_factor)
         if self.kind == "ForSemanticSegmentation":
             options["do_center_crop"] = False  # the mask has to cover the whole image
+        if self.kind == "ForInstanceSegmentation":
+            options["return_pixel_mask"] = True  # no objects in the padding
         try:
-            pixel_values = self.processor(image, **options)["pixel_values"]
+            batch = self.processor(image, **options)
         except ValueError as error:  # the processor's ImageFormatError, whose class is in the folder's own code
             raise RequestError(422, str(error)) from error
-        return pixel_values.to(self.model.device, self.model.dtype), image.size, sensor
+        if "pixel_mask" in batch:
+            sensor["pixel_mask"] = batch["pixel_mask"].to(self.model.device)
+        return batch["pixel_values"].to(self.model.device, self.model.dtype), image.size, sensor
 
     def _answer_image(self, item: Any, parameters: Parameters) -> Any:
         pixel_values, size, sensor = self.preprocess(item, parameters)
@@ -238,6 +248,9 @@ class EndpointHandler:
             predictions = self._classes(self.model(pixel_values, **sensor).logits, parameters.top_k or 5)
         elif self.kind == "ForSemanticSegmentation":
             predictions = self._segments(self.model(pixel_values).logits, size)
+        elif self.kind == "ForInstanceSegmentation":
+            threshold = 0.5 if parameters.threshold is None else float(parameters.threshold)
+            predictions = self._objects(self.model(pixel_values, **sensor), size, threshold)
         else:
             return extras
         return {"predictions": predictions, **extras} if extras else predictions
@@ -271,6 +284,25 @@ class EndpointHandler:
                 }
             )
         return segments
+
+    def _objects(self, outputs: Any, size: tuple[int, int], threshold: float) -> list[dict]:
+        """Every object with its box and a mask of the image's size, the best first."""
+        width, height = size
+        objects = int((_finite(outputs.scores) >= threshold).sum())
+        if objects * width * height > self.limits.mask_values:
+            raise RequestError(413, f"{objects} objects are too many for an image of this size: raise the threshold.")
+        (found,) = self.processor.post_process_instance_segmentation(
+            outputs, threshold=threshold, target_sizes=[(height, width)], return_binary_maps=True
+        )
+        return [
+            {
+                "label": self.model.config.id2label[info["label_id"]],
+                "score": info["score"],
+                "box": info["box"],
+                "mask": to_png(mask.cpu().numpy() * np.uint8(255)),
+            }
+            for mask, info in zip(found["segmentation"], found["segments_info"], strict=True)
+        ]
 
     def _heat_maps(self, pixel_values: torch.Tensor, outputs: Any, sensor: dict, source: Any) -> dict[str, str]:
         states = outputs.hidden_states or ()
@@ -313,7 +345,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     auto_class = next((auto for kind, auto in AUTO_CLASSES.items() if architecture.endswith(kind)), None)
     if auto_class is None:
         raise ValueError(
-            f"This handler serves classifiers, segmenters, pretraining models and backbones, not a "
+            f"This handler serves classifiers, segmenters, detectors, pretraining models and backbones, not a "
             f"{architecture or 'folder without architectures in its config.json'}."
         )
     if auto_class == "AutoBackbone":  # AutoBackbone.from_pretrained asks the Hub first and refuses local folders

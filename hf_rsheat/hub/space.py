@@ -98,6 +98,8 @@ def _answer(class_name: str, config) -> str:
         return "its classes with their scores"
     if class_name.endswith("ForSemanticSegmentation"):
         return "its segmentation"
+    if class_name.endswith("ForInstanceSegmentation"):
+        return "the objects it finds"
     if class_name.endswith("ForPreTraining") and hasattr(config, "mask_radius_range"):
         return "what it restores of an image whose low or high frequencies were removed"
     return "its features"

@@ -71,7 +71,7 @@ class Explorer:
         """What the output of this kind of model shows."""
         if self.kind == "ForImageClassification":
             return {item["label"]: item["score"] for item in answer["predictions"]}
-        if self.kind == "ForSemanticSegmentation":
+        if self.kind in ("ForSemanticSegmentation", "ForInstanceSegmentation"):
             image = self.module.read_image(Path(path).read_bytes(), self.handler.limits).convert("RGB")
             masks = [(np.array(picture_of(item["mask"])) / 255, item["label"]) for item in answer["predictions"]]
             return image, masks
@@ -126,7 +126,7 @@ class Explorer:
         parameters: dict[str, Any] = {"modality": modality}
         if self.stages:
             parameters["heat_source"] = [row, column]
-        if self.kind in ("ForImageClassification", "ForSemanticSegmentation") and not self.stages:
+        if self.kind in self.module.WITH_HEAD and not self.stages:
             parameters["features"] = True  # such that the answer is an object in any case
         if self.reconstructs:
             parameters["mask_radius"] = radius
@@ -139,7 +139,7 @@ def output_of(explorer: Explorer) -> Any:
     """The component that shows what this kind of model gives."""
     if explorer.kind == "ForImageClassification":
         return gr.Label(label="Prediction", num_top_classes=5, elem_id="prediction")
-    if explorer.kind == "ForSemanticSegmentation":
+    if explorer.kind in ("ForSemanticSegmentation", "ForInstanceSegmentation"):
         return gr.AnnotatedImage(label="Segmentation", height=400, elem_id="prediction")
     if explorer.reconstructs:
         gr.Markdown("### Reconstruction under frequency masking")

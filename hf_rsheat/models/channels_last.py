@@ -7,7 +7,9 @@ every page out anew; so in inference results are written over what is no longer 
 by tile.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -26,9 +28,34 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+class _Observed(threading.local):
+    """Whether somebody looks at the intermediate results of what runs now in this thread."""
+
+    def __init__(self) -> None:
+        self.value = False
+
+
+_observed = _Observed()
+
+
+@contextmanager
+def respecting_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside, and if `module` or a part of it has forward hooks, nothing is written over and no call is cut up.
+
+    Hooks then see, and may keep, whole and final tensors; inference is slower.
+    """
+    before = _observed.value
+    _observed.value = before or any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    try:
+        yield
+    finally:
+        _observed.value = before
+
+
 def overwritable(x: torch.Tensor) -> bool:
-    """Whether a temporary may be written over: autograd will not ask for it."""
-    return not (x.requires_grad and torch.is_grad_enabled())
+    """Whether a temporary may be written over: neither autograd nor a hook will ask for it."""
+    needed = x.requires_grad and torch.is_grad_enabled()
+    return not needed and (is_tracing() or not _observed.value)
 
 
 def _is_plain(module: nn.Module) -> bool:

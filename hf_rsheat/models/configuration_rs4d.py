@@ -55,6 +55,8 @@ class RS4DConfig(BackboneConfigMixin, PreTrainedConfig):
         use_cls_token (`bool`, defaults to `False`): Whether a learned token stands before the patches.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of all norms.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the position table at the start.
+        teacher_channels (`int`, *optional*):
+            Channels of the map that [`RS4DForDistillation`] imitates; `None` means `hidden_size`.
         scan_backend (`str`, defaults to `"auto"`): "auto", "torch", "associative" or "kernels"; see `selective_scan`.
         out_features, out_indices: What the backbone returns, of "stem", "stage1" ... one per layer.
     """
@@ -77,6 +79,7 @@ class RS4DConfig(BackboneConfigMixin, PreTrainedConfig):
     use_cls_token: bool = False
     layer_norm_eps: float = 1e-6
     initializer_range: float | int = 0.02
+    teacher_channels: int | None = None
     scan_backend: str = "auto"
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -89,6 +92,12 @@ class RS4DConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.time_step_rank is None:
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         _check(self.time_step_rank >= 1, "time_step_rank", self.time_step_rank, "positive")
+        _check(
+            self.teacher_channels is None or self.teacher_channels >= 1,
+            "teacher_channels",
+            self.teacher_channels,
+            "positive",
+        )
         _check(self.path_type in PATH_ORDERS, "path_type", self.path_type, f"one of {', '.join(PATH_ORDERS)}")
         _check(self.out_type in OUT_TYPES, "out_type", self.out_type, f"one of {', '.join(OUT_TYPES)}")
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]

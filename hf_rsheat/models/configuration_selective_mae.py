@@ -32,6 +32,8 @@ class SelectiveMAEConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_size (`int`, defaults to 16): Side of a patch in pixels.
         num_channels (`int`, defaults to 3): Channels of the input.
         hidden_size, num_hidden_layers, num_attention_heads: Size of the encoder.
+        head_dim (`int`, *optional*): Width of a head of the encoder (slimmed models); `hidden_size` over the number of
+            heads if `None`.
         intermediate_size (`int`, *optional*): Hidden width of the encoder's MLPs; `4 * hidden_size` if `None`.
         hidden_act (`str`, defaults to `"gelu"`): Activation of the MLPs.
         qkv_bias (`bool`, defaults to `True`): Biases of the query, key and value projections.
@@ -64,6 +66,7 @@ class SelectiveMAEConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    head_dim: int | None = None
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
     qkv_bias: bool = True
@@ -104,6 +107,8 @@ class SelectiveMAEConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check_sizes(self) -> None:
         if min(self.image_size_pair) < 1 or self.patch_size < 1:
             raise ValueError(f"Sizes must be positive, got image {self.image_size} and patch {self.patch_size}.")
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"`head_dim` must be positive, got {self.head_dim}.")
         if self.num_hidden_layers < 1 or self.decoder_num_hidden_layers < 1:
             raise ValueError("`num_hidden_layers` and `decoder_num_hidden_layers` must be at least 1.")
         for prefix in ("", "decoder_"):

@@ -48,15 +48,17 @@ def cosine_basis(
     """
     compute_dtype = torch.promote_types(dtype, torch.float32)
     n = torch.arange(size, device=device)
+    count = n[-1] + 1  # the size as a tensor, so that an exported graph computes it from its input
     # cos(pi * p / (2 * size)) with p = n * (2x + 1): folding the integer p into the first quadrant by periodicity and
     # symmetry keeps angles exact, so that float32 is enough at any size.
-    phase = (n[:, None] * (2 * n[None, :] + 1)) % (4 * size)
-    phase = torch.minimum(phase, 4 * size - phase)
-    sign = 1 - 2 * (phase > size).to(compute_dtype)
-    phase = torch.minimum(phase, 2 * size - phase)
-    basis = 2 * sign * torch.cos(phase.to(compute_dtype) * (math.pi / (2 * size)))
+    phase = (n[:, None] * (2 * n[None, :] + 1)) % (4 * count)
+    phase = torch.minimum(phase, 4 * count - phase)
+    sign = 1 - 2 * (phase > count).to(compute_dtype)
+    phase = torch.minimum(phase, 2 * count - phase)
+    step = (math.pi / (2 * count.to(_widest(count)))).to(compute_dtype)
+    basis = 2 * sign * torch.cos(phase.to(compute_dtype) * step)
     if normalized:
-        scale = torch.sqrt((0.5 - 0.25 * (n == 0).to(compute_dtype)) / size)
+        scale = torch.sqrt((0.5 - 0.25 * (n == 0).to(compute_dtype)) / count.to(compute_dtype))
         basis = basis * scale[:, None]
     return basis.to(dtype)
 
@@ -101,9 +103,17 @@ def squared_frequencies(
     height: int, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> torch.Tensor:
     """w_y**2 + w_x**2 in (radians per sample)**2, shape `(height, width)`; w = pi * n / N excludes the end point pi."""
-    rows = torch.arange(height, dtype=dtype, device=device) * (math.pi / height)
-    columns = torch.arange(width, dtype=dtype, device=device) * (math.pi / width)
+    rows, columns = (_frequencies(size, dtype, device) for size in (height, width))
     return rows[:, None] ** 2 + columns[None, :] ** 2
+
+
+def _frequencies(size: int, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+    n = torch.arange(size, device=device)
+    return n.to(dtype) * (math.pi / (n[-1].to(_widest(n)) + 1)).to(dtype)
+
+
+def _widest(x: torch.Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no double
 
 
 def decay_map(diffusivity: torch.Tensor, frequencies: torch.Tensor | None = None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from .channels_last import (
     is_tracing,
     overwritable,
     per_image_in_cache,
+    respecting_hooks,
     strided_conv3x3,
 )
 from .heat_conduction import CachingModule, DerivedTensorCache, HeatConduction
@@ -63,7 +64,8 @@ class HeatStem(nn.Module):
                 f"{tuple(pixel_values.shape)}. For another number of channels load the model with "
                 "`from_pretrained(..., num_channels=N)`."
             )
-        return per_image_in_cache(self._forward, pixel_values.to(self.conv1.weight.dtype))
+        with respecting_hooks(self):
+            return per_image_in_cache(self._forward, pixel_values.to(self.conv1.weight.dtype))
 
     def _forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         x = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -120,10 +122,11 @@ class HeatLayer(GradientCheckpointingLayer):
         def conduct(x: torch.Tensor) -> torch.Tensor:
             return added(self.drop_path(self._heat_branch(x, frequency_embedding, heat_capacity)), x)
 
-        x = per_image_in_cache(conduct, hidden_states)
-        if self.training or is_tracing() or not overwritable(x):
-            return added(self.drop_path(self._mlp_branch(x)), x)
-        return self._mlp_in_tiles(x)
+        with respecting_hooks(self):
+            x = per_image_in_cache(conduct, hidden_states)
+            if self.training or is_tracing() or not overwritable(x):
+                return added(self.drop_path(self._mlp_branch(x)), x)
+            return self._mlp_in_tiles(x)
 
     def _mlp_in_tiles(self, x: torch.Tensor) -> torch.Tensor:
         """The second half in inference, added in place to the temporary `x`, one tile of positions after the other."""
@@ -144,7 +147,8 @@ class HeatDownsample(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, height, width, dim)` to `(batch, ceil(height / 2), ceil(width / 2), out_dim)`."""
-        return self.norm(strided_conv3x3(self.conv, hidden_states))
+        with respecting_hooks(self):
+            return self.norm(strided_conv3x3(self.conv, hidden_states))
 
 
 def resize_table(table: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
@@ -187,7 +191,8 @@ class HeatStage(CachingModule):
         return frequency_embedding, self._resized(self.heat_capacity, second, height, width)
 
     def _resized(self, table: torch.Tensor, cache: DerivedTensorCache, height: int, width: int) -> torch.Tensor:
-        if table.shape[0] == height and table.shape[1] == width:
+        exported_for_any_size = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
+        if not exported_for_any_size and table.shape[0] == height and table.shape[1] == width:
             return table
         return cache.get(
             (table,),

@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import (
@@ -16,11 +15,14 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_rs4d import RS4DConfig
+from .input_channels import ChannelAdaptingModel
 from .rs4d_mixer import RS4DLayer, RS4DMixer
 
 
 class RS4DEmbeddings(nn.Module):
     """Patches to tokens, with a learned position each."""
+
+    input_layer = "patch_embeddings"
 
     def __init__(self, config: RS4DConfig) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class RS4DEmbeddings(nn.Module):
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.patch_embeddings.in_channels:
             raise ValueError(
                 f"Expected pixel_values of shape (batch, {self.patch_embeddings.in_channels}, height, width), got "
-                f"{tuple(pixel_values.shape)}. `num_channels` of the configuration sets the number of channels."
+                f"{tuple(pixel_values.shape)}. Other channels: `from_pretrained(..., num_channels=N)`."
             )
         bottom, right = (-size % self.patch_size for size in pixel_values.shape[-2:])
         patches = self.patch_embeddings(
@@ -86,7 +88,7 @@ class RS4DEncoder(nn.Module):
         return outputs
 
 
-class RS4DPreTrainedModel(PreTrainedModel):
+class RS4DPreTrainedModel(ChannelAdaptingModel):
     config_class = RS4DConfig
     config: RS4DConfig
     base_model_prefix = "rs4d"

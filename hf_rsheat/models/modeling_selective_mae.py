@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
@@ -14,6 +13,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_selective_mae import SelectiveMAEConfig
 from .hog_scores import hog_scores
+from .input_channels import ChannelAdaptingModel
 from .selective_mae_layers import (
     SelectiveMAEDecoder,
     SelectiveMAEEmbeddings,
@@ -48,7 +48,7 @@ class SelectiveMAEForPreTrainingOutput(ModelOutput):
     mask: torch.Tensor | None = None
 
 
-class SelectiveMAEPreTrainedModel(PreTrainedModel):
+class SelectiveMAEPreTrainedModel(ChannelAdaptingModel):
     config_class = SelectiveMAEConfig
     config: SelectiveMAEConfig
     base_model_prefix = "selective_mae"

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .channels_last import apply_linear, apply_linear_halves
 from .configuration_rs4d import RS4DConfig
 from .selective_scan import selective_scan
 
@@ -79,7 +80,7 @@ class RS4DMixer(nn.Module):
     def _scan(self, x: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, inner)` in reading order to the states' readout of the same shape, without the gate."""
         x = self._convolve(x)
-        low_rank, B, C = self.x_proj(x).split(self.splits, dim=-1)
+        low_rank, B, C = apply_linear(self.x_proj, x).split(self.splits, dim=-1)
         y = selective_scan(
             x.transpose(1, 2),
             F.linear(low_rank, self.dt_proj.weight).transpose(1, 2),
@@ -95,7 +96,7 @@ class RS4DMixer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, hidden)` in and out."""
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = apply_linear_halves(self.in_proj, hidden_states)
         orders = [TokenOrder(name, x.shape[1], x.device) for name in self.order_names]
         if len(orders) > 1:
             x = torch.cat([order.apply(x) for order in orders])
@@ -110,7 +111,7 @@ class RS4DMixer(nn.Module):
             means = torch.cat([self.out_proj((output * z).mean(1)) for output in outputs], dim=-1)
             weights = self.gate(means).softmax(-1)
             joined = sum(weights[:, None, i, None] * output for i, output in enumerate(outputs))
-        return self.out_proj(joined * z)
+        return apply_linear(self.out_proj, joined * z)
 
 
 class RS4DLayer(GradientCheckpointingLayer):

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from .frequency_masking import frequency_target
 from .heat_encoder import PointwiseConv
+from .input_channels import repeat_outputs
 
 DECODER_STRIDE = 16  # of stage 3, the finer of the two decoded stages
 
@@ -87,6 +88,12 @@ class RSVHeatDecoder(nn.Module):
         hidden = F.gelu(self.norm(self.embed(torch.cat((fine, coarse), dim=-1))))
         image = F.pixel_shuffle(self.heads[modality](hidden.permute(0, 3, 1, 2)), DECODER_STRIDE)
         return image[..., :height, :width]
+
+    def adapt_channels(self, num_channels: int, modality: str) -> None:
+        """Predict another number of channels for one modality; see [`adapt_input_channels`]."""
+        head = self.heads[modality]
+        channels = head.out_channels // DECODER_STRIDE**2
+        self.heads[modality] = repeat_outputs(head, channels, num_channels, dim=0)
 
 
 def reconstruction_losses(prediction: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

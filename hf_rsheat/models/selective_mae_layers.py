@@ -9,6 +9,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .input_channels import repeat_outputs
+
 
 def sincos_table(rows: int, columns: int, dim: int) -> torch.Tensor:
     """Fixed 2-D positions of MAE, `(1, rows * columns, dim)`: sine and cosine of the column, then of the row."""
@@ -53,9 +55,11 @@ def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
 class SelectiveMAEEmbeddings(nn.Module):
     """Patches and their positions; class token and its (in pretraining unused) position."""
 
+    input_layer = "projection"
+
     def __init__(self, config) -> None:
         super().__init__()
-        self.patch_size, self.num_channels = config.patch_size, config.num_channels
+        self.patch_size = config.patch_size
         self.stored_grid = config.grid(*config.image_size_pair)
         rows, columns = self.stored_grid
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
@@ -64,10 +68,10 @@ class SelectiveMAEEmbeddings(nn.Module):
 
     def patches(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Patch embeddings with positions, `(batch, rows * columns, dim)`, and the grid (rows, columns)."""
-        if pixel_values.shape[1] != self.num_channels:
+        if pixel_values.shape[1] != self.projection.in_channels:
             raise ValueError(
-                f"The images have {pixel_values.shape[1]} channels, the model expects {self.num_channels}: choose the "
-                "bands, or configure the model with num_channels=N."
+                f"The images have {pixel_values.shape[1]} channels, the model expects {self.projection.in_channels}: "
+                "choose the bands, or load the model with `from_pretrained(..., num_channels=N)`."
             )
         maps = self.projection(pad_to_patches(pixel_values, self.patch_size).to(self.projection.weight.dtype))
         grid = (maps.shape[2], maps.shape[3])
@@ -98,16 +102,17 @@ def eager_attention(
 class SelectiveMAEAttention(nn.Module):
     """Multi-head attention of queries over a context, which is the queries themselves in the encoder."""
 
-    def __init__(self, config, dim: int, context_dim: int, num_heads: int) -> None:
+    def __init__(self, config, dim: int, context_dim: int, num_heads: int, head_dim: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.head_dim = dim // num_heads
+        self.head_dim = head_dim or dim // num_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.q_proj = nn.Linear(dim, dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(context_dim, dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(context_dim, dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(dim, dim)
+        inner_dim = num_heads * self.head_dim
+        self.q_proj = nn.Linear(dim, inner_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(context_dim, inner_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(context_dim, inner_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(inner_dim, dim)
 
     def forward(self, hidden_states: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = (
@@ -153,7 +158,7 @@ class SelectiveMAELayer(GradientCheckpointingLayer):
         super().__init__()
         dim = config.hidden_size
         self.layernorm_before = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.attention = SelectiveMAEAttention(config, dim, dim, config.num_attention_heads)
+        self.attention = SelectiveMAEAttention(config, dim, dim, config.num_attention_heads, config.head_dim)
         self.layernorm_after = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.mlp = SelectiveMAEMLP(config, dim, config.intermediate_size)
         self.drop_path = DropPath(drop_path_rate)
@@ -212,6 +217,7 @@ class SelectiveMAEDecoder(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         dim = config.decoder_hidden_size
+        self.patch_size = config.patch_size
         self.stored_grid = config.grid(*config.image_size_pair)
         rows, columns = self.stored_grid
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -235,3 +241,8 @@ class SelectiveMAEDecoder(nn.Module):
         for layer in self.layers:
             queries = layer(queries, encoded)
         return self.predictor(self.layernorm(queries))
+
+    def adapt_channels(self, num_channels: int, modality: str | None = None) -> None:
+        """Predict another number of channels; see [`adapt_input_channels`]."""
+        channels = self.predictor.out_features // self.patch_size**2
+        self.predictor = repeat_outputs(self.predictor, channels, num_channels, dim=1)

@@ -13,7 +13,7 @@ from hf_rsheat import VHeatForImageClassification, VHeatImageProcessor, export, 
 from hf_rsheat.cli import app
 from hf_rsheat.conversion import vheat
 from hf_rsheat.errors import ConfigurationError
-from hf_rsheat.hub.card import add_evaluation, validate_metadata
+from hf_rsheat.hub.card import add_evaluation, add_picture, validate_metadata
 from hf_rsheat.hub.export import finish
 from hf_rsheat.hub.records import weights_digest
 from tests.zoo import ZOO, vheat_config
@@ -78,13 +78,23 @@ def test_an_evaluation_of_other_weights_is_refused(folder, tmp_path):
         add_evaluation(folder, tmp_path / "typed.json")
 
 
-def test_a_picture_is_drawn_for_pretraining_models(folder, tmp_path):
+@pytest.mark.parametrize("name", ["rs-vheat-pretraining", "selective-mae-pretraining"])
+def test_a_picture_is_drawn_for_pretraining_models(name, tmp_path):
+    entry = ZOO[name]
+    folder = export(entry.model(), entry.processor(), tmp_path / "model", card_context={"recipe": {}})
     Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / "scene.png")
     run = CliRunner().invoke(app, ["card", str(folder), "--picture", str(tmp_path / "scene.png")])
     assert run.exit_code == 0, run.output
     assert (folder / "picture.png").stat().st_size > 10_000
     assert "](picture.png)" in (folder / "README.md").read_text()
     assert verify(folder).ok
+
+
+def test_a_model_without_a_picture_says_which_ones_have_one(tmp_path):
+    entry = ZOO["vheat-classifier"]
+    folder = export(entry.model(), entry.processor(), tmp_path / "model")
+    with pytest.raises(ConfigurationError, match="VHeatForImageClassification: only RSVHeatForPreTraining and Sel"):
+        add_picture(folder, tmp_path / "scene.png")
 
 
 def test_names_and_labels_are_never_rendered_as_templates(tmp_path):

@@ -31,7 +31,10 @@ AUTO_CLASSES = {
     "selective-mae-classifier": "AutoModelForImageClassification",
     "rs4d": "AutoModel",
     "rs4d-classifier": "AutoModelForImageClassification",
+    "rs4d-distillation": "AutoModelForPreTraining",
     "rs4d-upernet": "AutoModelForSemanticSegmentation",
+    "rs4d-instances": "AutoModelForInstanceSegmentation",
+    "rs4d-prompted-instances": "AutoModelForInstanceSegmentation",
 }
 # What a user without the package runs; one process for all folders, since importing torch costs seconds.
 CHILD = """
@@ -55,14 +58,15 @@ for name, (folder, auto_class) in json.loads(sys.argv[1]).items():
     with torch.no_grad():
         outputs = model(pixel_values)
         results[f"{name}.pixel_values"] = pixel_values
-        keys = ("logits", "reconstruction", "last_hidden_state")
+        keys = ("logits", "reconstruction", "last_hidden_state", "pred_masks", "feature_map")
         first = next(getattr(outputs, key) for key in keys if key in outputs)
         results[f"{name}.output"] = first.contiguous()
         if not auto_class.endswith("Segmentation"):
             base = AutoModel.from_pretrained(folder, trust_remote_code=True)
             results[f"{name}.pooled"] = base(pixel_values).pooler_output
     task = {"AutoModelForImageClassification": "image-classification", "AutoModelForSemanticSegmentation":
-            "image-segmentation", "AutoModel": "image-feature-extraction"}.get(auto_class)
+            "image-segmentation", "AutoModelForInstanceSegmentation": "image-segmentation",
+            "AutoModel": "image-feature-extraction"}.get(auto_class)
     if task:
         answer = pipeline(task, model=folder, trust_remote_code=True)(image)
         report[name] = [a["label"] for a in answer] if task != "image-feature-extraction" else len(answer)
@@ -118,7 +122,7 @@ def test_outputs_are_the_same_without_the_package(name, child, image):
         torch.testing.assert_close(
             tensors[f"{name}.output"], main_output(entry, model(pixel_values)), atol=1e-6, rtol=1e-6
         )
-        if "upernet" not in name:
+        if not AUTO_CLASSES[name].endswith("Segmentation"):
             base = getattr(model, model.base_model_prefix, model)
             torch.testing.assert_close(
                 tensors[f"{name}.pooled"], base(pixel_values).pooler_output, atol=1e-6, rtol=1e-6
@@ -132,6 +136,7 @@ def test_pipelines_run_from_the_folder(child):
     assert report["vheat"] == report["rs-vheat"] == 1
     assert set(report["vheat-upernet"]) <= {"LABEL_0", "LABEL_1", "LABEL_2"}
     assert report["rs-vheat-upernet"]
+    assert "rs4d-instances" in report
 
 
 @pytest.mark.parametrize("name", AUTO_CLASSES)

@@ -133,7 +133,7 @@ def test_every_model_of_ours_is_served(name):
     handler = EndpointHandler(model=entry.model(), processor=entry.processor())
     answer = handler({"inputs": file(picture()), "parameters": {"features": True}})
     assert len(answer["features"]) > 1
-    assert ("predictions" in answer) == ("classifier" in name or "upernet" in name)
+    assert ("predictions" in answer) == name.endswith(("classifier", "upernet", "instances"))
     maps = handler({"inputs": file(picture()), "parameters": {"heat_maps": True}})
     assert "heat_maps" in maps or "no heat maps" in maps["error"]["message"]
 
@@ -188,6 +188,23 @@ def test_a_segmenter_answers_with_masks_of_the_images_size(segmenter):
         np.testing.assert_array_equal(mask == 255, expected.numpy() == labels[segment["label"]])
         assert 1 / 3 < segment["score"] <= 1
     assert len(answer["features"]) == 32
+
+
+@pytest.mark.parametrize("name", ["rs4d-instances", "rs4d-prompted-instances"])
+def test_a_detector_answers_with_boxes_and_masks_of_the_images_size(name):
+    detector = handler_of(name)
+    answer = detector({"inputs": text(picture(80, 60)), "parameters": {"threshold": 0.0}})
+    assert len(answer) > 1
+    assert sorted((found["score"] for found in answer), reverse=True) == [found["score"] for found in answer]
+    for found in answer:
+        left, top, right, bottom = found["box"]
+        assert 0 <= left < right <= 80
+        assert 0 <= top < bottom <= 60
+        assert opened(found["mask"]).shape == (60, 80)
+        assert found["label"] in detector.model.config.label2id
+    assert detector({"inputs": text(picture(80, 60)), "parameters": {"threshold": 1.0}}) == []
+    assert refusal(detector({"inputs": text(picture()), "parameters": {"threshold": 2}})) == 400
+    assert refusal(handler_of("vheat")({"inputs": text(picture()), "parameters": {"threshold": 0.5}})) == 400
 
 
 def test_an_image_is_turned_upright(classifier):

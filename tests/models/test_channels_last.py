@@ -137,3 +137,20 @@ def test_tiles_of_any_size_leave_the_features_as_they_are(monkeypatch, family, p
     tiled = model(pixel_values, output_hidden_states=True)
     for one, other in zip(tiled.hidden_states, whole.hidden_states, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@torch.no_grad()
+def test_hooks_see_whole_and_final_tensors_and_change_nothing(post_norm):
+    config = VHeatConfig(image_size=64, hidden_sizes=(16, 24, 32, 40), depths=(1, 1, 1, 1), post_norm=post_norm)
+    model, pixel_values = VHeatModel(config).eval(), torch.randn(2, 3, 64, 64)
+    expected = model(pixel_values).pooler_output
+    seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.LayerNorm, nn.Linear, nn.Conv2d, heat_encoder.HeatMLP, heat_encoder.HeatConduction)):
+            module.register_forward_hook(lambda m, i, o, name=name: seen.append((name, o, o.clone())))
+    torch.testing.assert_close(model(pixel_values).pooler_output, expected, atol=1e-5, rtol=1e-5)
+    for name, kept, copied in seen:
+        assert torch.equal(kept, copied), f"the output of {name} was written over"
+    mlp = [copied for name, _, copied in seen if name.endswith("layers.0.mlp")]
+    assert [tuple(output.shape) for output in mlp] == [(2, 16, 16, 16), (2, 8, 8, 24), (2, 4, 4, 32), (2, 2, 2, 40)]
