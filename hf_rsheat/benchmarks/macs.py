@@ -36,5 +36,5 @@ def count_macs(model: nn.Module, pixel_values: torch.Tensor) -> float:
         if isinstance(module, RS4DMixer):
             module.register_forward_pre_hook(add_scan)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ghost(pixel_values.to("meta"))
+        ghost(pixel_values.to("meta", next(ghost.parameters()).dtype))
     return counter.get_total_flops() / 2 + scans

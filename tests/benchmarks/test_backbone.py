@@ -112,3 +112,10 @@ def test_the_command_line_prints_json_and_refuses_words_for_sizes():
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["runs"][0]["image_size"] == 32
     assert CliRunner().invoke(app, [*options, "--size", "large"]).exit_code == 2
+
+
+def test_half_precision_is_measured_as_well():
+    result = backbone.bench_backbone(["vheat-tiny"], [32], repeats=1, memory=False, dtype="bfloat16")
+    (run,) = result["runs"]
+    assert run["dtype"] == "bfloat16"
+    assert run["models"]["vheat-tiny"]["macs"] > 0

@@ -142,7 +142,7 @@ def initialize(model: Any, side: int) -> None:
 
     transformers (seen in 5.23) leaves both position tables of a model that is not loaded at zero, and freezes them:
     such a model could not tell one patch from another. Its weights have a spread of 0.02 at any width, where MAE takes
-    Xavier's uniform ones, which small models need to learn anything in a short time.
+    Xavier's uniform ones.
     """
     for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         table[:, 0] = 0
