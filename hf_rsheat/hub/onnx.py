@@ -16,7 +16,6 @@ logger = logging.getLogger(__name__)
 
 # Ours and the runtime's outputs may differ by this share of the largest value.
 TOLERANCE = 1e-4
-_PRETRAINING = "ForPreTraining"
 
 
 class _Outputs(nn.Module):
@@ -56,20 +55,24 @@ def export_onnx(
         Per output the largest difference from PyTorch's, as a share of its largest value.
 
     Raises:
-        ConfigurationError: A pretraining model, whose random masks have no place in a graph.
+        ConfigurationError: A pretraining model, whose random masks have no place in a graph, or a detector.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed (extra `onnx`).
         VerificationError: The runtime's outputs are not PyTorch's.
     """
-    if _PRETRAINING in type(model).__name__:
+    kind = type(model).__name__
+    if "ForPreTraining" in kind or "ForDistillation" in kind:
         raise ConfigurationError(
-            f"{type(model).__name__} draws random masks: load the folder with AutoModel, or export a fine-tuned model."
+            f"{kind} draws random masks: load the folder with AutoModel, or export a fine-tuned model."
         )
+    if "ForInstanceSegmentation" in kind:
+        raise ConfigurationError(f"{kind} returns as many objects as it finds: export its backbone (model.backbone).")
     _require_onnx()
     options = {} if modality is None else {"modality": modality}
     wrapped = _Outputs(model.eval().requires_grad_(False), options)
-    side = image_size or _side(model.config)
-    channels = _channels(model.config, modality)
-    any_size = hasattr(model.config, "table_interpolation")
+    config = getattr(model.config, "backbone_config", None) or model.config
+    side = image_size or _side(config)
+    channels = _channels(config, modality)
+    any_size = hasattr(config, "table_interpolation")
     # Unequal and odd multiples, so that no two dimensions are taken for one.
     example = torch.randn(2, channels, side, side + 32) if any_size else torch.randn(2, channels, side, side)
     free = {0: torch.export.Dim.DYNAMIC}

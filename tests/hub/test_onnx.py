@@ -64,9 +64,11 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path):
         hub_onnx._compare(Shifted(), tmp_path / "mean.onnx", [(1, 3, 64, 64)])
 
 
-def test_pretraining_models_and_unknown_sensors_are_refused_before_any_work(tmp_path):
+def test_pretraining_models_detectors_and_unknown_sensors_are_refused_before_any_work(tmp_path):
     with pytest.raises(ConfigurationError, match="AutoModel"):
         export_onnx(ZOO["rs-vheat-pretraining"].model(), tmp_path / "model.onnx")
+    with pytest.raises(ConfigurationError, match="backbone"):
+        export_onnx(ZOO["rs4d-instances"].model(), tmp_path / "model.onnx")
     with pytest.raises(ConfigurationError, match="thermal"):
         export_onnx(ZOO["rs-vheat"].model(), tmp_path / "model.onnx", modality="thermal")
     assert not (tmp_path / "model.onnx").exists()
