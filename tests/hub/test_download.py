@@ -6,6 +6,7 @@ from urllib.parse import unquote
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
 
 from hf_rsheat.errors import ConfigurationError, TransferError, VerificationError
 from hf_rsheat.hub.download import download, fetch
@@ -39,6 +40,7 @@ def url(hub) -> str:
 
 
 def test_a_file_is_downloaded_once_and_named_as_in_the_url(hub, url, tmp_path, capfd):
+    enable_progress_bars()  # a training run in this process switches them off, for every library
     path = download(url, DIGEST.upper(), cache_dir=tmp_path)
     assert path.read_bytes() == CONTENT
     assert path.name == "vheat.pth"
