@@ -112,7 +112,7 @@ def convert_rs4d(
     set_: SetOption = None,
     image_size: ImageSizeOption = None,
 ) -> None:
-    """RS4D: distilled backbones, bare, from several GPUs, or inside an mmengine file."""
+    """RS4D: distilled backbones, bare, from several GPUs or inside an mmengine file, and instance detectors."""
     _convert("rs4d", checkpoint, output, weights, set_, sha256, push, image_size=image_size)
 
 
