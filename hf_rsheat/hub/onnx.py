@@ -42,8 +42,8 @@ def export_onnx(
 ) -> dict[str, float]:
     """Write a model as ONNX and run it beside PyTorch.
 
-    The batch is free; heights and widths are too, except where the model's graph depends on the number of tokens
-    (RS4D, SelectiveMAE), which are written for `image_size`.
+    The batch is free; heights and widths are too for vHeat and RS-vHeat. RS4D and SelectiveMAE, whose graph depends on
+    the number of tokens, and UPerNet are written for `image_size`.
 
     Args:
         model: Backbone, plain model or classifier; put into eval mode.
@@ -68,11 +68,11 @@ def export_onnx(
         raise ConfigurationError(f"{kind} returns as many objects as it finds: export its backbone (model.backbone).")
     _require_onnx()
     options = {} if modality is None else {"modality": modality}
-    wrapped = _Outputs(model.eval().requires_grad_(False), options)
+    wrapped = _Outputs(model.requires_grad_(False), options).eval()
     config = getattr(model.config, "backbone_config", None) or model.config
     side = image_size or _side(config)
     channels = _channels(config, modality)
-    any_size = hasattr(config, "table_interpolation")
+    any_size = hasattr(model.config, "table_interpolation")  # not under a UPerNet: ONNX has no adaptive pooling
     # Unequal and odd multiples, so that no two dimensions are taken for one.
     example = torch.randn(2, channels, side, side + 32) if any_size else torch.randn(2, channels, side, side)
     free = {0: torch.export.Dim.DYNAMIC}
