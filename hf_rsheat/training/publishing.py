@@ -13,26 +13,11 @@ from ..hub.push import push
 from .averaging import overlay
 from .checkpoint import load_tensors
 from .objectives import Objective
-from .recipe import Recipe
+from .recipe import BOOKKEEPING, Recipe
 
 logger = logging.getLogger(__name__)
 
-_NOT_ON_THE_CARD = frozenset(
-    {
-        "image_folder",
-        "manifest",
-        "output_dir",
-        "save_steps",
-        "keep_checkpoints",
-        "keep_every",
-        "max_skipped",
-        "num_workers",
-        "logging_steps",
-        "picture_steps",
-        "trackers",
-        "hub_model_id",
-    }
-)
+_NOT_ON_THE_CARD = frozenset({*BOOKKEEPING, "manifest"})
 
 
 def publish(recipe: Recipe, objective: Objective, checkpoint: Path) -> Path:

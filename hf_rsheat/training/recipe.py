@@ -19,6 +19,21 @@ T = TypeVar("T")
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
+# Where things lie and how often something is said or kept: nothing of what is learned.
+BOOKKEEPING = (
+    "image_folder",
+    "output_dir",
+    "save_steps",
+    "keep_checkpoints",
+    "keep_every",
+    "max_skipped",
+    "num_workers",
+    "logging_steps",
+    "picture_steps",
+    "trackers",
+    "hub_model_id",
+)
+
 # Smallest allowed value per numeric field; None fields are skipped.
 _AT_LEAST: dict[str, float] = {
     "seed": 0,

@@ -5,28 +5,14 @@ from pathlib import Path
 
 from ..errors import ConfigurationError
 from .checkpoint import latest_checkpoint, list_checkpoints, load_state, verify
-from .recipe import Recipe, load_recipe, parse_yaml
+from .recipe import BOOKKEEPING, Recipe, load_recipe, parse_yaml
 
 logger = logging.getLogger(__name__)
 
 # What a checkpoint itself carries (model and processor), or what its tensors or its place in the epoch depend on.
 _FIXED = ("objective", "model", "preprocessing", "image_size", "prune_ratio")
 # Changing these changes neither the data a step sees nor the update it makes.
-_HARMLESS = (
-    "image_folder",
-    "output_dir",
-    "save_steps",
-    "keep_checkpoints",
-    "keep_every",
-    "max_skipped",
-    "num_workers",
-    "logging_steps",
-    "picture_steps",
-    "trackers",
-    "hub_model_id",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-)
+_HARMLESS = (*BOOKKEEPING, "gradient_accumulation_steps", "gradient_checkpointing")
 
 
 def find_checkpoint(recipe: Recipe, resume: bool | str | Path) -> Path | None:
