@@ -66,6 +66,13 @@ class ConversionResult:
             "key_map": self.key_map,
         }
 
+    def log(self) -> None:
+        """Say what was assumed and what was left out."""
+        for note in self.notes:
+            logger.warning("%s: %s", self.source_name, note)
+        for name, reason in self.dropped.items():
+            logger.info("%s: left out %s (%s).", self.source_name, name, reason)
+
 
 @dataclass
 class Source:
@@ -90,6 +97,10 @@ class Source:
     source_name: str
     source_sha256: str
     config_text: str = ""
+
+    def result(self, notes: list[str]) -> ConversionResult:
+        """An account of this file with no tensor placed yet, which adds to `notes`."""
+        return ConversionResult({}, {}, self.dropped, self.weights, self.source_name, self.source_sha256, notes)
 
 
 def open_checkpoint(

@@ -16,7 +16,6 @@ from hf_rsheat.conversion.common import (
     Source,
     build_config,
     load_strictly,
-    logger,
     open_checkpoint,
     resize_tables,
 )
@@ -100,10 +99,7 @@ def load(
         raise ConfigurationError(f"`resize` is one of {list(RESIZE_MODES)}, got {resize!r}.")
     source = open_checkpoint(checkpoint, weights, family.droppable)
     model, result = assemble(family, source, overrides=overrides, image_size=image_size, resize=resize)
-    for note in result.notes:
-        logger.warning("%s: %s", source.source_name, note)
-    for name, reason in result.dropped.items():
-        logger.info("%s: left out %s (%s).", source.source_name, name, reason)
+    result.log()
     return model.eval(), result
 
 
@@ -127,7 +123,7 @@ def assemble(
         config = build_config(family.config_class, fields, {**(overrides or {}), "image_size": image_size})
     prefix = "" if model_class is not family.classifier_class else f"{model_class.base_model_prefix}."
     modules = module_names(family, config.depths, prefix)
-    result = ConversionResult({}, {}, source.dropped, source.weights, source.source_name, source.source_sha256, notes)
+    result = source.result(notes)
     unmapped = rename(source, modules, result)
     if model_class is family.model_class and not any(name.startswith("classifier.") for name in source.tensors):
         result.notes.append("The file has no final norm: `layernorm` is initialised to identity (weight 1, bias 0).")

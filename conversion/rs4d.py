@@ -20,7 +20,6 @@ from hf_rsheat.conversion.common import (
     Source,
     build_config,
     load_strictly,
-    logger,
     open_checkpoint,
     run_script,
     strip_prefixes,
@@ -142,10 +141,7 @@ def load(
         model, result = rs4d_instances.assemble(source, overrides=overrides, image_size=image_size)
     else:
         model, result = assemble(source, overrides=overrides, image_size=image_size)
-    for note in result.notes:
-        logger.warning("%s: %s", source.source_name, note)
-    for name, reason in result.dropped.items():
-        logger.info("%s: left out %s (%s).", source.source_name, name, reason)
+    result.log()
     return model.eval(), result
 
 
@@ -167,7 +163,7 @@ def rename(
     fields, notes = infer_fields(source, overrides or {})
     config = build_config(RS4DConfig, fields, overrides)
     names = tensor_names(config.num_hidden_layers)
-    result = ConversionResult({}, {}, source.dropped, source.weights, source.source_name, source.source_sha256, notes)
+    result = source.result(notes)
     unmapped = []
     for name, tensor in source.tensors.items():
         if name in names:

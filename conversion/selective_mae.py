@@ -32,7 +32,6 @@ from hf_rsheat.conversion.common import (
     Source,
     build_config,
     load_strictly,
-    logger,
     open_checkpoint,
 )
 from hf_rsheat.conversion.reader import SKIPPED_ENTRIES, read_checkpoint
@@ -151,10 +150,7 @@ def load(
     source = open_checkpoint(checkpoint, weights, DEAD)
     arguments = saved_arguments(checkpoint)
     model, result = assemble(source, arguments, overrides=overrides, image_size=image_size, to=to)
-    for note in result.notes:
-        logger.warning("%s: %s", source.source_name, note)
-    for name, reason in result.dropped.items():
-        logger.info("%s: left out %s (%s).", source.source_name, name, reason)
+    result.log()
     return model.eval(), result
 
 
@@ -167,7 +163,7 @@ def assemble(
     to: str,
 ) -> tuple[PreTrainedModel, ConversionResult]:
     """As `load`, from a checkpoint that is already open and the training arguments saved in it."""
-    result = ConversionResult({}, {}, source.dropped, source.weights, source.source_name, source.source_sha256)
+    result = source.result([])
     kind = kind_of(source)
     target = TARGETS[to].get(kind)
     if target is None:

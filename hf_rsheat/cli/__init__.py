@@ -17,8 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(convert.app, name="convert")
 for _verb in (
+    convert.convert,
     hub.export,
     hub.card,
     hub.verify,

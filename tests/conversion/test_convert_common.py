@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from hf_rsheat.cli import app
 from hf_rsheat.conversion import vheat
 from hf_rsheat.conversion.common import open_checkpoint, parse_overrides, saved_settings, select_weights, strip_prefixes
 from hf_rsheat.errors import CheckpointError, ConfigurationError
@@ -100,3 +102,11 @@ def test_a_bad_option_is_one_sentence_and_a_failure(golden, tmp_path, monkeypatc
     error = capsys.readouterr().err
     assert "did you mean 'post_norm'" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("family", "option"), [("vheat", "--to=vit"), ("selective-mae", "--resize=bicubic")])
+def test_an_option_of_another_family_is_refused_before_anything_is_read(tmp_path, family, option):
+    arguments = ["convert", family, str(tmp_path / "absent.pth"), str(tmp_path / "model"), option]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert f"'{family}' has no such option" in result.output
