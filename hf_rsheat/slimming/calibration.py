@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import ConfigurationError
 
@@ -68,16 +67,12 @@ def trunk_of(model: Any) -> Any:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for `observe`; afterwards every module is in the mode it was in.
-
-    Gradients are recorded, since without them heat layers compute tile by tile and write over what a hook has seen; but
-    nothing is kept for a backward pass, so that no more memory is needed than without.
-    """
+    """Evaluation mode without gradients for `observe`; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             model.eval()
-        with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+        with torch.no_grad():
             yield
     finally:
         for module, training in modes:
@@ -134,7 +129,7 @@ def _arguments(model: Any, batch: Any) -> dict[str, Any]:
     arguments = dict(batch) if isinstance(batch, Mapping) else {"pixel_values": batch}
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            arguments[name] = value.detach().to(model.device, model.dtype).requires_grad_()
+            arguments[name] = value.detach().to(model.device, model.dtype)
         elif isinstance(value, torch.Tensor):
             arguments[name] = value.to(model.device)
     return arguments
