@@ -11,23 +11,30 @@ It does not depend on the image. DCTs are matrix products: O(N^1.5) for N tokens
 """
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, MutableMapping
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .channels_last import (
     VALUES_IN_CACHE,
     apply_linear,
     apply_linear_halves,
+    depthwise_conv3x3,
     gated,
+    is_compiling_inference,
+    is_plain,
     is_tracing,
+    left_product,
     linear,
+    opaque,
     overwritable,
 )
+from .packed_weights import OptimizerSteps
 
 # Values (not bytes) from which on a tensor derived from the weights is computed each time instead of being kept in eval
 # mode. In float32 this is 8 MiB per layer: everything up to 512 px in the published sizes, little of it at 1024 px.
@@ -83,7 +90,7 @@ def _along_width(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _along_height(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     batch, height, width, channels = x.shape
-    return torch.matmul(matrix, x.reshape(batch, height, width * channels)).reshape(batch, height, width, channels)
+    return left_product(matrix, x.reshape(batch, height, width * channels)).reshape(batch, height, width, channels)
 
 
 def dct2(x: torch.Tensor) -> torch.Tensor:
@@ -140,19 +147,6 @@ def attenuated(coefficients: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
     return coefficients.mul_(decay) if overwritable(coefficients) else coefficients * decay
 
 
-class _OptimizerSteps:
-    """Counts optimiser steps in this process: fused optimisers change weights without bumping tensor versions."""
-
-    count = 0
-
-    @classmethod
-    def increment(cls, *_: object) -> None:
-        cls.count += 1
-
-
-register_optimizer_step_post_hook(_OptimizerSteps.increment)
-
-
 class DerivedTensorCache:
     """Keeps one tensor computed from weights, for as long as these weights are the same.
 
@@ -182,7 +176,7 @@ class DerivedTensorCache:
             return compute()
         if any(s.is_inference() or (s.requires_grad and torch.is_grad_enabled()) for s in sources):
             return compute()
-        state = (key, _OptimizerSteps.count, tuple((s, s._version) for s in sources))
+        state = (key, OptimizerSteps.count, tuple((weakref.ref(s), s._version) for s in sources))
         if self._entry is not None and _same_state(self._entry[0], state):
             return self._entry[1]
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor would break a later training step
@@ -193,7 +187,7 @@ class DerivedTensorCache:
 
 
 def _same_state(old: tuple, new: tuple) -> bool:
-    return old[:2] == new[:2] and all(a is b and v == w for (a, v), (b, w) in zip(old[2], new[2], strict=True))
+    return old[:2] == new[:2] and all(a() is b() and v == w for (a, v), (b, w) in zip(old[2], new[2], strict=True))
 
 
 class CachingModule(nn.Module):
@@ -207,6 +201,7 @@ class CachingModule(nn.Module):
         """Forget derived tensors; needed only after edits through `weight.data`, which PyTorch cannot notice."""
         for cache in self.caches():
             cache.clear()
+        _compiled_caches.clear()
 
     def train(self, mode: bool = True):
         self.clear_cache()
@@ -232,10 +227,14 @@ class HeatConduction(CachingModule):
         dim: Channels in and out.
         inner_dim: Channels of signal and gate (`dim` unless slimmed).
         correction: Whether a heat-capacity table is part of the input.
+        table_interpolation: How tables of another size are resized, see [`resize_table`].
     """
 
-    def __init__(self, dim: int, inner_dim: int | None = None, correction: bool = False) -> None:
+    def __init__(
+        self, dim: int, inner_dim: int | None = None, correction: bool = False, table_interpolation: str = "bicubic"
+    ) -> None:
         super().__init__()
+        self.table_interpolation = table_interpolation
         inner_dim = inner_dim or dim
         self.correction_norm = nn.LayerNorm(dim, eps=1e-5) if correction else None
         self.depthwise_conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
@@ -254,21 +253,12 @@ class HeatConduction(CachingModule):
         Args:
             frequency_embedding: `(height, width, dim)`, indexed by frequency.
         """
-        dtype = torch.promote_types(frequency_embedding.dtype, torch.float32)
-        # exp(-k w^2) spans nine decades: half precision, also autocast's, would lose the slow frequencies.
-        device_type = "cpu" if frequency_embedding.is_meta else frequency_embedding.device.type
-        with torch.autocast(device_type=device_type, enabled=False):
-            weight, bias = self.to_diffusivity.weight.to(dtype), self.to_diffusivity.bias.to(dtype)
-            return F.relu(linear(frequency_embedding.to(dtype), weight, bias))
+        return _diffusivity(frequency_embedding, self.to_diffusivity.weight, self.to_diffusivity.bias)
 
     def decay(self, frequency_embedding: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Decay map `(height, width, inner_dim)` in `dtype`; cached in eval mode (see [`DerivedTensorCache`])."""
-        return self._decay_cache.get(
-            (frequency_embedding, self.to_diffusivity.weight, self.to_diffusivity.bias),
-            (dtype, frequency_embedding.device),
-            lambda: decay_map(self.diffusivity(frequency_embedding)).to(dtype),
-            enabled=not self.training,
-        )
+        cache = None if self.training else self._decay_cache
+        return _decay((frequency_embedding, self.to_diffusivity.weight, self.to_diffusivity.bias), dtype, cache)
 
     def forward(
         self,
@@ -279,29 +269,91 @@ class HeatConduction(CachingModule):
         """
         Args:
             hidden_states: `(batch, height, width, dim)`.
-            frequency_embedding: `(height, width, dim)`.
+            frequency_embedding: `(height, width, dim)`; of any other height and width in compiled inference.
             heat_capacity: `(height, width, dim)`, exactly when the operator was built with `correction`.
         """
         x = hidden_states
         if self.correction_norm is not None:
             x = self.correction_norm(F.relu(x + heat_capacity, inplace=True))
-        x = self.depthwise_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = depthwise_conv3x3(self.depthwise_conv, x)
         gate_and_signal = [*reversed(apply_linear_halves(self.in_proj, x))]
         del x
         # Popped: no name may keep the signal in memory while its coefficients are computed.
-        conducted = idct2(self._attenuate(dct2(gate_and_signal.pop()), frequency_embedding))
+        conducted = self._conduct(gate_and_signal, frequency_embedding)
         return apply_linear(self.out_proj, gated(self.out_norm(conducted), gate_and_signal.pop()))
 
-    def _attenuate(self, coefficients: torch.Tensor, frequency_embedding: torch.Tensor) -> torch.Tensor:
-        """Coefficients times the decay map; a map too large to be kept is made and used a few rows at a time."""
-        _, height, width, channels = coefficients.shape
-        in_rows = not is_tracing() and coefficients.device.type == "cpu" and overwritable(coefficients)
-        if not in_rows or height * width * channels < MAX_CACHED_VALUES:
-            return attenuated(coefficients, self.decay(frequency_embedding, coefficients.dtype))
-        rows = max(1, VALUES_IN_CACHE // (width * channels))
-        frequencies = squared_frequencies(height, width, device=coefficients.device)
-        for first in range(0, height, rows):
-            part = slice(first, first + rows)
-            decay = decay_map(self.diffusivity(frequency_embedding[part]), frequencies[part])
-            coefficients[:, part] *= decay.to(coefficients.dtype)
-        return coefficients
+    def _conduct(self, signal: list[torch.Tensor], table: torch.Tensor) -> torch.Tensor:
+        """Heat conduction of the last tensor of the list, which is taken from it."""
+        sources = (table, self.to_diffusivity.weight, self.to_diffusivity.bias)
+        if is_compiling_inference(signal[-1]):
+            if is_plain(self.to_diffusivity) and not self.training:
+                return _opaque_conduct(signal.pop(), *sources, self.table_interpolation)
+            height, width = signal[-1].shape[1:3]
+            sources = (resize_table(table, height, width, self.table_interpolation), *sources[1:])
+        coefficients = dct2(signal.pop())
+        return idct2(_attenuated_by(coefficients, sources, None if self.training else self._decay_cache))
+
+
+# Frequency embedding `(height, width, dim)`, and weight and bias of the linear that makes it the diffusivity.
+_Sources = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _diffusivity(table: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    # exp(-k w^2) spans nine decades: half precision, also autocast's, would lose the slow frequencies.
+    device_type = "cpu" if table.is_meta else table.device.type
+    with torch.autocast(device_type=device_type, enabled=False):
+        return F.relu(linear(table.to(dtype), weight.to(dtype), bias.to(dtype)))
+
+
+def _decay(sources: _Sources, dtype: torch.dtype, cache: DerivedTensorCache | None) -> torch.Tensor:
+    def compute() -> torch.Tensor:
+        return decay_map(_diffusivity(*sources)).to(dtype)
+
+    return compute() if cache is None else cache.get(sources, (dtype, sources[0].device), compute)
+
+
+def _attenuated_by(coefficients: torch.Tensor, sources: _Sources, cache: DerivedTensorCache | None) -> torch.Tensor:
+    """Coefficients times the decay map; a map too large to be kept is made and used a few rows at a time."""
+    _, height, width, channels = coefficients.shape
+    in_rows = not is_tracing() and coefficients.device.type == "cpu" and overwritable(coefficients)
+    if not in_rows or height * width * channels < MAX_CACHED_VALUES:
+        return attenuated(coefficients, _decay(sources, coefficients.dtype, cache))
+    table, weight, bias = sources
+    rows = max(1, VALUES_IN_CACHE // (width * channels))
+    frequencies = squared_frequencies(height, width, device=coefficients.device)
+    for first in range(0, height, rows):
+        part = slice(first, first + rows)
+        decay = decay_map(_diffusivity(table[part], weight, bias), frequencies[part])
+        coefficients[:, part] *= decay.to(coefficients.dtype)
+    return coefficients
+
+
+def resize_table(table: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
+    """Resize a table indexed by frequency or position, `(rows, columns, dim)`, to `(height, width, dim)`.
+
+    Keeps the relative frequency n / N. `mode` is "bicubic" (vHeat) or "bilinear" (RS-vHeat), corners not aligned, no
+    antialiasing, computed in at least float32.
+    """
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    resized = F.interpolate(table.permute(2, 0, 1)[None].to(dtype), size=(height, width), mode=mode)
+    return resized[0].permute(1, 2, 0).to(table.dtype).contiguous()
+
+
+# Compiled code has no modules whose caches it could use: here tables and weights have their own.
+_compiled_caches: MutableMapping[torch.Tensor, DerivedTensorCache] = WeakTensorKeyDictionary()
+
+
+def _conduct(
+    x: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, interpolation: str
+) -> torch.Tensor:
+    height, width = x.shape[1:3]
+    if table.shape[:2] != x.shape[1:3]:
+        cache = _compiled_caches.setdefault(table, DerivedTensorCache())
+        stored = table
+        table = cache.get((stored,), (height, width), lambda: resize_table(stored, height, width, interpolation))
+    cache = _compiled_caches.setdefault(weight, DerivedTensorCache())
+    return idct2(_attenuated_by(dct2(x), (table, weight, bias), cache))
+
+
+_opaque_conduct = opaque(_conduct, lambda x, table, weight, bias, interpolation: x.new_empty(x.shape))

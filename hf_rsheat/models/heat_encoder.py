@@ -3,22 +3,22 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .channels_last import (
     VALUES_IN_CACHE,
     added,
-    apply_linear,
     gelu,
+    is_compiling_inference,
     is_tracing,
+    linear_gelu_linear,
     overwritable,
     per_image_in_cache,
     respecting_hooks,
     strided_conv3x3,
 )
-from .heat_conduction import CachingModule, DerivedTensorCache, HeatConduction
+from .heat_conduction import CachingModule, DerivedTensorCache, HeatConduction, resize_table
 
 
 class PointwiseConv(nn.Linear):
@@ -68,9 +68,9 @@ class HeatStem(nn.Module):
             return per_image_in_cache(self._forward, pixel_values.to(self.conv1.weight.dtype))
 
     def _forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        x = pixel_values.contiguous(memory_format=torch.channels_last)
-        x = gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
-        return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = pixel_values.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        x = gelu(self.norm1(strided_conv3x3(self.conv1, x)))
+        return self.norm2(strided_conv3x3(self.conv2, x))
 
 
 class HeatMLP(nn.Module):
@@ -82,7 +82,7 @@ class HeatMLP(nn.Module):
         self.fc2 = PointwiseConv(hidden_dim, dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return apply_linear(self.fc2, apply_linear(self.fc1, hidden_states, "gelu"))
+        return linear_gelu_linear(self.fc1, self.fc2, hidden_states)
 
 
 class HeatLayer(GradientCheckpointingLayer):
@@ -93,7 +93,9 @@ class HeatLayer(GradientCheckpointingLayer):
         dim = config.hidden_sizes[stage]
         self.post_norm = config.post_norm
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
-        self.heat = HeatConduction(dim, config.inner_dim(stage), correction=config.has_heat_capacity)
+        self.heat = HeatConduction(
+            dim, config.inner_dim(stage), config.has_heat_capacity, table_interpolation=config.table_interpolation
+        )
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
         self.mlp = HeatMLP(dim, config.mlp_hidden_dim(stage))
         self.drop_path = HeatDropPath(drop_path)
@@ -151,17 +153,6 @@ class HeatDownsample(nn.Module):
             return self.norm(strided_conv3x3(self.conv, hidden_states))
 
 
-def resize_table(table: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
-    """Resize a table indexed by frequency or position, `(rows, columns, dim)`, to `(height, width, dim)`.
-
-    Keeps the relative frequency n / N. `mode` is "bicubic" (vHeat) or "bilinear" (RS-vHeat), corners not aligned, no
-    antialiasing, computed in at least float32.
-    """
-    dtype = torch.promote_types(table.dtype, torch.float32)
-    resized = F.interpolate(table.permute(2, 0, 1)[None].to(dtype), size=(height, width), mode=mode)
-    return resized[0].permute(1, 2, 0).to(table.dtype).contiguous()
-
-
 class HeatStage(CachingModule):
     """Layers at one resolution with the tables they share, and the downsampling after them (not in the last stage)."""
 
@@ -212,9 +203,15 @@ class HeatStage(CachingModule):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the features of this stage and the input of the next, both `(batch, height, width, channels)`."""
-        tables = self.tables(hidden_states.shape[1], hidden_states.shape[2])
+        height, width = hidden_states.shape[1:3]
+        if is_compiling_inference(hidden_states):  # nothing here compares sizes: one graph serves all
+            table, heat_capacity = self.frequency_embedding, self.heat_capacity
+            if heat_capacity is not None:
+                heat_capacity = resize_table(heat_capacity, height, width, self.table_interpolation)
+        else:
+            table, heat_capacity = self.tables(height, width)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, *tables)
+            hidden_states = layer(hidden_states, table, heat_capacity)
         return hidden_states, hidden_states if self.downsample is None else self.downsample(hidden_states)
 
 

@@ -119,3 +119,9 @@ def test_half_precision_is_measured_as_well():
     (run,) = result["runs"]
     assert run["dtype"] == "bfloat16"
     assert run["models"]["vheat-tiny"]["macs"] > 0
+
+
+def test_packed_weights_are_measured_as_well_and_named():
+    result = backbone.bench_backbone(["vheat-tiny"], [32], repeats=1, memory=False, packed=True)
+    assert result["runs"][0]["packed"]
+    assert "inference, float32, packed, cpu" in report.table(result)
