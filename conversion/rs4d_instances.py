@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor
+from transformers import SamMaskDecoderConfig
 
 from hf_rsheat.conversion import rs4d
 from hf_rsheat.conversion.common import ConversionResult, Source, build_config, load_strictly
@@ -86,6 +87,8 @@ def assemble(
     if decoder := {**inferred.get("mask_decoder_config", {}), **known}:
         own["mask_decoder_config"] = decoder
     config = build_config(RS4DInstanceConfig, {**inferred, "backbone_config": backbone.to_dict()}, own)
+    if config.head == "prompt":
+        _check_attention_heads(config.mask_decoder_config)
     result.notes.extend(notes)
     result.state_dict = {f"backbone.{name}": tensor for name, tensor in result.state_dict.items()}
     result.key_map = {name: f"backbone.{ours}" for name, ours in result.key_map.items()}
@@ -98,6 +101,16 @@ def assemble(
     theirs |= {name: original for name in model.state_dict() if (original := _translate(name, back))}
     load_strictly(model, result, unmapped, theirs)
     return model, result
+
+
+def _check_attention_heads(decoder: SamMaskDecoderConfig) -> None:
+    """Refuse a number of attention heads, which no tensor tells, that does not divide the attention's width."""
+    width, heads = decoder.hidden_size // decoder.attention_downsample_rate, decoder.num_attention_heads
+    if heads < 1 or width % heads:
+        raise ConfigurationError(
+            f"The mask decoder's attention is {width} wide, which {heads} heads do not divide. No "
+            "tensor tells their number: say it, e.g. --set mask_decoder_config='{\"num_attention_heads\": 2}'."
+        )
 
 
 def _split(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

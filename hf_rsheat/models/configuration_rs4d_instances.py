@@ -63,6 +63,15 @@ class RS4DInstanceConfig(PreTrainedConfig):
         with_sincos (`bool`, defaults to `False`): Whether prompts are sums of sines and plain values.
         with_extra_pe (`bool`, *optional*):
             Whether a sine-cosine position map is added to what both object heads see; only with "prompt" if `None`.
+        with_box_pe (`bool`, defaults to `False`):
+            Whether SAM's positional encoding of the object's box, one prompt its centre and the others its corners, is
+            added to the learned prompts, and the decoder's attention starts with keys equal to queries, which finds the
+            cells at the same place. As published, prompts and attention have to learn where an object is; started from
+            SAM's decoder they can, from scratch that takes thousands of steps.
+        mask_dice_weight (`float`, defaults to 0):
+            What the Dice loss of "prompt" masks counts beside their cross-entropy. None as published, where the decoder
+            starts from SAM's; to learn from scratch it needs about 1, since small objects are a hundredth of the pixels
+            that the cross-entropy is the mean of.
         mask_decoder_config (`SamMaskDecoderConfig` or `dict`, *optional*): The decoder of "prompt", SAM's if `None`.
         num_labels, id2label: Classes, without background.
     """
@@ -102,6 +111,8 @@ class RS4DInstanceConfig(PreTrainedConfig):
     n_points: int = 5
     with_sincos: bool = False
     with_extra_pe: bool | None = None
+    with_box_pe: bool = False
+    mask_dice_weight: float | int = 0.0
     mask_decoder_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
@@ -125,6 +136,7 @@ class RS4DInstanceConfig(PreTrainedConfig):
                 _check(0 <= value <= 1, name, value, "within 0 and 1")
             elif name in POSITIVE:
                 _check(value >= 1, name, value, "positive")
+        _check(self.mask_dice_weight >= 0, "mask_dice_weight", self.mask_dice_weight, "0 or more")
         _check(self.feature_size % 4 == 0, "feature_size", self.feature_size, "a multiple of 4")
         for name in ("anchor_scales", "anchor_ratios"):
             value = getattr(self, name)

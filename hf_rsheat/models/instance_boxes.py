@@ -7,7 +7,9 @@ import math
 
 import torch
 from torch import nn
-from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+from .instance_pooling import align_boxes
 
 MAX_LOG_SCALE = abs(math.log(16 / 1000))
 ROI_CANONICAL_SIZE = 56
@@ -149,10 +151,10 @@ def pool_boxes(
     rois = torch.cat((image[:, None].to(flat.dtype), flat), dim=1)
     sides = ((flat[:, 2] - flat[:, 0]) * (flat[:, 3] - flat[:, 1])).sqrt()
     level = (sides / (ROI_CANONICAL_SIZE * strides[0] / 4) + 1e-6).log2().floor().clamp(0, 3)
-    result = flat.new_zeros(len(flat), pyramid[0].shape[1], size, size)
+    result = flat.new_zeros(len(flat), size, size, pyramid[0].shape[1])
     for i, (features, stride) in enumerate(zip(pyramid[:4], strides[:4], strict=True)):
         chosen = (level == i).nonzero()[:, 0]
         # Not in half precision, for which torchvision has no CPU kernel, and in which coordinates would be rounded.
-        pooled = roi_align(features.to(flat.dtype), rois[chosen], size, 1 / stride, aligned=True)
-        result = result.index_copy(0, chosen, pooled)
-    return result.to(dtype)
+        for some, aligned in align_boxes(features.to(flat.dtype), rois[chosen], size, 1 / stride):
+            result[chosen[some]] = aligned
+    return result.permute(0, 3, 1, 2).to(dtype)

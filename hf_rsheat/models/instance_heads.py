@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import batched_nms, roi_align
 
+from .channels_last import apply_linear, per_image_in_cache, respecting_hooks
 from .configuration_rs4d_instances import RS4DInstanceConfig
+from .instance_bands import relu
 from .instance_boxes import TARGETS_AT_ONCE, assign, decode_boxes, encode_boxes, pool_boxes, sample, start_normal
 
 BOX_STDS = (0.1, 0.1, 0.2, 0.2)
@@ -84,7 +86,7 @@ class BoxHead(nn.Module):
     def forward(self, pyramid: list[torch.Tensor], boxes: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Boxes per image to logits `(all boxes, classes + 1)` and deltas `(all boxes, classes, 4)`."""
         x = pool_boxes(pyramid, self.config.strides, boxes, BOX_ROI_SIZE).flatten(1)
-        x = F.relu(self.fc2(F.relu(self.fc1(x))))
+        x = F.relu(self.fc2(F.relu(apply_linear(self.fc1, x))))
         logits, deltas = self.classifier(x), self.regressor(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         return logits.to(dtype), deltas.unflatten(1, (-1, 4)).to(dtype)
@@ -156,10 +158,15 @@ class BoxMaskHead(nn.Module):
     ) -> torch.Tensor:
         """Mask logits `(all boxes, 28, 28)` of the boxes' classes `(all boxes,)`; the image's embedding is not used."""
         x = pool_boxes(pyramid, self.config.strides, boxes, MASK_ROI_SIZE)
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        logits = self.classifier(F.relu(self.upsample(x)))
+        with respecting_hooks(self):
+            logits = per_image_in_cache(self._masks_of_classes, x)
         return logits[torch.arange(len(labels), device=labels.device), labels]
+
+    def _masks_of_classes(self, x: torch.Tensor) -> torch.Tensor:
+        """`(n, channels, 14, 14)` to logits `(n, classes, 28, 28)`."""
+        for conv in self.convs:
+            x = relu(conv(x))
+        return self.classifier(relu(self.upsample(x)))
 
     def loss(
         self, pyramid: list[torch.Tensor], image: torch.Tensor, samples: list[Samples], targets: list[Targets]

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from .channels_last import respecting_hooks
 from .configuration_rs4d_instances import RS4DInstanceConfig
+from .instance_bands import by_bands
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -92,11 +94,14 @@ class SimplePyramid(nn.Module):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """`(batch, feature_size, height, width)` to five maps, the finest first; odd sizes are halved upwards."""
-        scaled = [self.fpn1(x), self.fpn2(x), x, F.max_pool2d(x, 2, ceil_mode=True)]
-        maps = [
-            conv(lateral(level))
-            for lateral, conv, level in zip(self.lateral_convs, self.fpn_convs, scaled, strict=True)
-        ]
+        x = x.contiguous(memory_format=torch.channels_last)
+        halved, same = F.max_pool2d(x, 2, ceil_mode=True), nn.Identity()
+        sources = ((self.fpn1, x), (self.fpn2, x), (same, x), (same, halved))
+        maps = []
+        with respecting_hooks(self):
+            for (resize, source), lateral, conv in zip(sources, self.lateral_convs, self.fpn_convs, strict=True):
+                resized = by_bands(nn.Sequential(resize, lateral), source)
+                maps.append(by_bands(conv, resized, halo=1))
         if self.adds_finer_level:
             for i in range(1, len(maps)):
                 finer = F.interpolate(maps[i - 1], size=maps[i].shape[-2:], mode="bilinear")

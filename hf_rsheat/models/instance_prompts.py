@@ -8,43 +8,57 @@ from torch import nn
 from transformers import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
+from .channels_last import added
 from .configuration_rs4d_instances import RS4DInstanceConfig
-from .instance_boxes import pool_boxes
+from .instance_boxes import pool_boxes, start_normal
 from .instance_heads import MASK_ROI_SIZE, Samples, Targets
 from .instance_mask_decoder import decode_masks
 from .instance_neck import conv_norm_relu
 
 TEMPERATURE = 10_000
+# Points of a box, in shares of its width and height from the upper left: the centre and the corners.
+BOX_POINTS = ((0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
 
 
-def position_map(like: torch.Tensor) -> torch.Tensor:
-    """Sine-cosine positions as in DETR (arXiv 2005.12872), rows in the first half of the channels, then columns.
+def position_axes(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sine-cosine positions as in DETR (arXiv 2005.12872), rows in the first half of the channels, columns in the rest.
 
     Args:
         like: `(batch, channels, height, width)`, with an even number of channels.
 
     Returns:
-        `(1, channels, height, width)` of the same dtype and device.
+        `(1, channels, height, 1)` for rows and `(1, channels, 1, width)` for columns, each 0 in the other's half, of
+        the same dtype and device.
     """
-    height, width = like.shape[-2:]
     half = like.shape[1] // 2
     index = torch.arange(half, device=like.device)
     frequency = TEMPERATURE ** (2 * (index // 2) / half)
 
     def axis(size: int) -> torch.Tensor:
         position = torch.arange(1, size + 1, device=like.device) / (size + 1e-6) * 2 * math.pi
-        angle = position / frequency[:, None]
-        return torch.where(index[:, None] % 2 == 0, angle.sin(), angle.cos())
+        angle = position[:, None] / frequency
+        return torch.where(index % 2 == 0, angle.sin(), angle.cos()).to(like.dtype)
 
-    rows = axis(height)[:, :, None].expand(-1, -1, width)
-    columns = axis(width)[:, None, :].expand(-1, height, -1)
-    return torch.cat((rows, columns))[None].to(like.dtype)
+    rows, columns = (axis(size) for size in like.shape[-2:])
+    return F.pad(rows, (0, half)).t()[None, :, :, None], F.pad(columns, (half, 0)).t()[None, :, None, :]
+
+
+def position_map(like: torch.Tensor) -> torch.Tensor:
+    """The sum of both [`position_axes`], `(1, channels, height, width)`."""
+    rows, columns = position_axes(like)
+    return rows + columns
 
 
 def add_positions(pyramid: list[torch.Tensor]) -> list[torch.Tensor]:
     """Add one position map, made for the finest level and resized bilinearly, to every level."""
-    positions = position_map(pyramid[0])
-    return [level + F.interpolate(positions, size=level.shape[-2:], mode="bilinear") for level in pyramid]
+    rows, columns = position_axes(pyramid[0])
+    result = []
+    for level in pyramid:
+        height, width = level.shape[-2:]
+        # One axis after the other: the whole map would be as large as the level.
+        located = level + F.interpolate(rows, size=(height, 1), mode="bilinear")
+        result.append(added(located, F.interpolate(columns, size=(1, width), mode="bilinear")))
+    return result
 
 
 def cover_input(masks: torch.Tensor, stride: int, size: tuple[int, int]) -> torch.Tensor:
@@ -58,6 +72,22 @@ def cover_input(masks: torch.Tensor, stride: int, size: tuple[int, int]) -> torc
     rows, columns = (side // 4 * stride for side in masks.shape[-2:])
     whole = F.interpolate(masks[None], size=(rows, columns), mode="bilinear")[0]
     return whole[:, : size[0], : size[1]]
+
+
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """1 - (2 p . t + 1) / (|p| + |t| + 1) of each mask, with the usual addend against 0 / 0 (arXiv 1606.04797).
+
+    Args:
+        logits: `(n, height, width)`; p are their probabilities.
+        targets: Of the same shape, 0 or 1.
+
+    Returns:
+        `(n,)`, within 0 and 1.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # areas are too large for half precision
+    probabilities, targets = logits.to(dtype).sigmoid().flatten(1), targets.to(dtype).flatten(1)
+    common, sizes = (probabilities * targets).sum(1), probabilities.sum(1) + targets.sum(1)
+    return 1 - (2 * common + 1) / (sizes + 1)
 
 
 class FourierPositions(nn.Module):
@@ -74,8 +104,22 @@ class FourierPositions(nn.Module):
         """Encoding of the cell centres of a map `(batch, any, height, width)`, `(1, channels, height, width)`."""
         y, x = ((torch.arange(n, device=like.device) + 0.5) / n for n in like.shape[-2:])
         centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-        angles = 2 * math.pi * ((2 * centers - 1).to(self.positional_embedding.dtype) @ self.positional_embedding)
-        return torch.cat((angles.sin(), angles.cos()), dim=-1).permute(2, 0, 1)[None].to(like.dtype)
+        return self.encode(centers).permute(2, 0, 1)[None].to(like.dtype)
+
+    def encode(self, points: torch.Tensor) -> torch.Tensor:
+        """Encoding `(..., channels)` of points x, y `(..., 2)` in shares of the image's width and height."""
+        angles = 2 * math.pi * ((2 * points - 1).to(self.positional_embedding.dtype) @ self.positional_embedding)
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def _start_by_place(transformer: nn.Module) -> None:
+    """Have attention between points and image start with keys made as queries are: the same place finds itself."""
+    attentions = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        attentions += (layer.cross_attn_token_to_image, layer.cross_attn_image_to_token)
+    for attention in attentions:
+        start_normal(attention.q_proj, math.sqrt(2 / attention.hidden_size))
+        attention.k_proj.starts_like = (attention.q_proj,)  # a tuple, so that it does not become its submodule
 
 
 class PromptMaskHead(nn.Module):
@@ -100,6 +144,8 @@ class PromptMaskHead(nn.Module):
         self.no_mask_embed = nn.Embedding(1, size)
         self.mask_decoder = SamMaskDecoder(decoder)
         self.shared_image_embedding = FourierPositions(size)
+        if config.with_box_pe:
+            _start_by_place(self.mask_decoder.transformer)
         # SAM's encoder and RS4D's sizes give what the decoder takes; other backbones need a projection.
         self.projection = nn.Conv2d(image_channels, size, 1) if image_channels != size else nn.Identity()
 
@@ -107,7 +153,21 @@ class PromptMaskHead(nn.Module):
         """Boxes per image to point embeddings `(all boxes, n_points, hidden)`."""
         x = pool_boxes(pyramid, self.config.strides, boxes, MASK_ROI_SIZE)
         points = self.point_emb(x).unflatten(1, (self.config.n_points, -1))
-        return points[..., ::2].sin() + points[..., 1::2] if self.config.with_sincos else points
+        if self.config.with_sincos:
+            points = points[..., ::2].sin() + points[..., 1::2]
+        return points + self._places(pyramid[2], torch.cat(boxes)) if self.config.with_box_pe else points
+
+    def _places(self, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Encoding of the centre of boxes `(n, 4)`, their corners, and again: `(n, n_points, hidden)`.
+
+        Args:
+            image: A map of the same size as the image's embedding.
+            boxes: In pixels.
+        """
+        shares = boxes.new_tensor([BOX_POINTS[i % len(BOX_POINTS)] for i in range(self.config.n_points)])
+        low, high = boxes[:, None, :2], boxes[:, None, 2:]
+        covered = self.config.strides[2] * boxes.new_tensor([image.shape[-1], image.shape[-2]])
+        return self.shared_image_embedding.encode((low + shares * (high - low)) / covered).to(image.dtype)
 
     def forward(
         self,
@@ -139,9 +199,9 @@ class PromptMaskHead(nn.Module):
     def loss(
         self, pyramid: list[torch.Tensor], image: torch.Tensor, samples: list[Samples], targets: list[Targets]
     ) -> torch.Tensor:
-        """Mean cross-entropy over all pixels of the input, scalar; 0 without objects."""
+        """Mean cross-entropy over the input's pixels plus the weighted mean of the Dice losses; 0 without objects."""
         logits = self(pyramid, image, [s.objects for s in samples])
-        total, pixels = logits.sum() * 0, 0
+        total, dice, pixels = logits.sum() * 0, logits.sum() * 0, 0
         for own, sampled, target in zip(logits.split([len(s.target) for s in samples]), samples, targets, strict=True):
             if len(own) == 0:
                 continue
@@ -149,4 +209,6 @@ class PromptMaskHead(nn.Module):
             wanted = target.masks[sampled.target].to(whole.dtype)
             total = total + F.binary_cross_entropy_with_logits(whole, wanted, reduction="sum")
             pixels += whole.numel()
-        return total / max(pixels, 1)
+            if self.config.mask_dice_weight:
+                dice = dice + dice_loss(whole, wanted).sum()
+        return total / max(pixels, 1) + self.config.mask_dice_weight * dice / max(len(logits), 1)

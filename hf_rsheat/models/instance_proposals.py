@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import batched_nms
 
+from .channels_last import respecting_hooks
 from .configuration_rs4d_instances import RS4DInstanceConfig
+from .instance_bands import by_bands, relu
 from .instance_boxes import assign, decode_boxes, encode_boxes, make_anchors, sample, start_normal
 
 UNIT_STDS = (1.0, 1.0, 1.0, 1.0)
@@ -38,8 +40,9 @@ class ProposalHead(nn.Module):
         outputs = AnchorOutputs([], [], [])
         scales, ratios = self.config.anchor_scales, self.config.anchor_ratios
         for features, stride in zip(pyramid, self.config.strides, strict=True):
-            x = F.relu(self.conv(features))
-            logits, deltas = self.classifier(x), self.regressor(x)
+            with respecting_hooks(self):
+                x = by_bands(self._answers, features, halo=1)
+            logits, deltas = x.split((len(scales) * len(ratios), 4 * len(scales) * len(ratios)), dim=1)
             # At least float32: NMS has no half precision, and coordinates would be rounded in it.
             dtype = torch.promote_types(x.dtype, torch.float32)
             outputs.logits.append(logits.permute(0, 2, 3, 1).flatten(1).to(dtype))
@@ -47,6 +50,11 @@ class ProposalHead(nn.Module):
             anchors = make_anchors((x.shape[-2], x.shape[-1]), stride, scales, ratios, x.device)
             outputs.anchors.append(anchors.to(dtype))
         return outputs
+
+    def _answers(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits and box codes of all anchors of each cell, as channels."""
+        x = relu(self.conv(features))
+        return torch.cat((self.classifier(x), self.regressor(x)), dim=1)
 
     @torch.no_grad()
     def proposals(

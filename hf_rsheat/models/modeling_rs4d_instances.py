@@ -61,8 +61,11 @@ class RS4DInstancePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initial weights, but for layers that carry their standard deviation."""
-        if hasattr(module, "initial_std"):
+        """PyTorch's own initial weights, but for layers that carry a standard deviation or a layer to start like."""
+        if hasattr(module, "starts_like"):
+            init.copy_(module.weight, module.starts_like[0].weight)
+            init.zeros_(module.bias)
+        elif hasattr(module, "initial_std"):
             init.normal_(module.weight, std=module.initial_std)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -81,6 +84,10 @@ class RS4DInstancePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight)
         elif isinstance(module, FourierPositions):
             init.normal_(module.positional_embedding)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's first convolution. Quantisation and PEFT ask for it."""
+        return self.backbone.get_input_embeddings()
 
 
 class RS4DForInstanceSegmentation(RS4DInstancePreTrainedModel):

@@ -231,6 +231,12 @@ def test_overrides_reach_the_detector_and_its_backbone(golden):
         rs4d.load(golden / "rs4d/tiny_prompter.pth", overrides={"mask_decoder_config": 2})
 
 
+def test_a_decoder_whose_attention_heads_must_be_said_says_how(golden):
+    path = golden / "rs4d/tiny_prompter.pth"
+    with pytest.raises(ConfigurationError, match=r"--set mask_decoder_config='\{\"num_attention_heads\": 2\}'"):
+        rs4d.load(path, overrides=SETTINGS)
+
+
 @pytest.mark.parametrize(
     "missing",
     [

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou, roi_align
 
+from hf_rsheat.models import instance_pooling
 from hf_rsheat.models.instance_boxes import (
     BACKGROUND,
     IGNORED,
@@ -122,6 +123,24 @@ def test_boxes_are_cut_out_of_the_level_that_fits_their_size():
         roi = torch.cat((torch.tensor([float(image)]), boxes[i]))[None]
         expected = roi_align(pyramid[level], roi, 7, 1 / strides[level], aligned=True)
         torch.testing.assert_close(pooled[i], expected[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "scale"), [(7, 0.25), (14, 1 / 32)])
+@pytest.mark.parametrize("entries_at_once", [2**20, 1])
+def test_boxes_of_any_shape_and_place_are_aligned_as_by_torchvision(size, scale, entries_at_once, monkeypatch):
+    monkeypatch.setattr(instance_pooling, "ENTRIES_AT_ONCE", entries_at_once)
+    features = torch.randn(2, 3, 10, 14, generator=torch.Generator().manual_seed(0))
+    input_size = torch.tensor([14, 10]) / scale
+    points = (1.4 * torch.rand(60, 2, 2, generator=torch.Generator().manual_seed(1)) - 0.2) * input_size  # some outside
+    boxes = torch.cat((points.amin(dim=1), points.amax(dim=1)), dim=1)
+    boxes[:3, 2:] = boxes[:3, :2]
+    boxes = torch.cat((torch.arange(60)[:, None] % 2, boxes), dim=1)
+    aligned = torch.zeros(60, size, size, 3)
+    for some, values in instance_pooling.align_boxes(features, boxes, size, scale):
+        aligned[some] = values
+    expected = roi_align(features, boxes, size, scale, aligned=True)
+    torch.testing.assert_close(aligned.permute(0, 3, 1, 2), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_pooling_keeps_gradients_and_half_precision_and_takes_no_boxes():

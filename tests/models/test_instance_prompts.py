@@ -9,7 +9,7 @@ from transformers.models.sam.modeling_sam import SamMaskDecoder
 from hf_rsheat import RS4DForInstanceSegmentation
 from hf_rsheat.models import instance_mask_decoder
 from hf_rsheat.models.instance_mask_decoder import decode_masks
-from hf_rsheat.models.instance_prompts import add_positions, cover_input, position_map
+from hf_rsheat.models.instance_prompts import add_positions, cover_input, dice_loss, position_map
 from tests.zoo import instance_config, randomize
 
 
@@ -122,6 +122,54 @@ def test_sums_of_sines_and_values_are_a_choice():
     model.mask_head.prompts(pyramid, boxes)
     raw = values[0].reshape(1, 3, 32)
     torch.testing.assert_close(points, torch.sin(raw[..., 0::2]) + raw[..., 1::2])
+
+
+@torch.no_grad()
+def test_prompts_of_a_box_can_start_at_its_places():
+    plain, located = model_of(), model_of(with_box_pe=True, n_points=6)
+    located.mask_head.shared_image_embedding.load_state_dict(plain.mask_head.shared_image_embedding.state_dict())
+    for parameter in located.mask_head.point_emb[-1].parameters():
+        parameter.zero_()
+    pyramid, _, image = located._features(images()[:1])
+    points = located.mask_head.prompts(pyramid, [torch.tensor([[8.0, 24, 40, 56]])])[0]
+    encoding = located.mask_head.shared_image_embedding(image)[0]  # of the centres of 4 x 4 cells of 16 pixels
+    places = [(2, 1), (1, 0), (1, 2), (3, 0), (3, 2), (2, 1)]  # centre, corners, and again
+    torch.testing.assert_close(points, torch.stack([encoding[:, row, column] for row, column in places]))
+
+
+def test_then_attention_starts_with_keys_made_as_queries_and_finds_the_place():
+    decoder = {"hidden_size": 128, "num_attention_heads": 4, "mlp_dim": 16, "iou_head_hidden_dim": 16}
+    torch.manual_seed(0)
+    head = RS4DForInstanceSegmentation(
+        instance_config(head="prompt", with_box_pe=True, mask_decoder_config=decoder)
+    ).mask_head
+    places = head.shared_image_embedding(torch.zeros(1, 128, 8, 8))[0].flatten(1).T
+    blocks = head.mask_decoder.transformer.layers
+    for attention in (blocks[0].cross_attn_image_to_token, blocks[1].cross_attn_token_to_image):
+        assert torch.equal(attention.q_proj.weight, attention.k_proj.weight)
+        scores = attention.q_proj(places) @ attention.k_proj(places).T
+        assert torch.equal(scores.argmax(1), torch.arange(64))
+    other = instance_config(head="prompt", mask_decoder_config=decoder)
+    block = RS4DForInstanceSegmentation(other).mask_head.mask_decoder.transformer.layers[0]
+    assert not torch.equal(block.cross_attn_image_to_token.q_proj.weight, block.cross_attn_image_to_token.k_proj.weight)
+
+
+def test_the_dice_loss_is_part_of_the_mask_loss_only_where_it_is_asked_for():
+    targets = torch.zeros(3, 4, 4)
+    targets[:2, 1:3, 1:3] = 1
+    logits = torch.full((3, 4, 4), -40.0)
+    logits[0][targets[0] > 0] = 40.0
+    torch.testing.assert_close(dice_loss(logits, targets), torch.tensor([0.0, 0.8, 0.0]))  # right, missed, none
+    losses = {}
+    for weight in (0.0, 2.0):
+        model = model_of(mask_dice_weight=weight)
+        label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.5, 0.5]])}
+        label["masks"] = F.pad(torch.ones(1, 32, 32), (16, 16, 16, 16)) > 0
+        generator = torch.Generator().manual_seed(0)
+        losses[weight] = model(images()[:1], labels=[label], generator=generator).loss_dict["loss_mask"].item()
+    assert 0 < losses[2.0] - losses[0.0] < 2
+    with pytest.raises(ValueError, match="mask_dice_weight"):
+        instance_config(head="prompt", mask_dice_weight=-1.0)
 
 
 def test_a_detector_can_change_to_the_prompt_head_when_it_is_loaded(tmp_path):
