@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigurationError, MissingExtraError
-from ..training.recipe import did_you_mean
+from ..errors import ConfigurationError, MissingExtraError, did_you_mean
 
 _DEEP: dict[str, Any] = {"depths": (2, 2, 18, 2), "post_norm": True, "layer_scale_init_value": 1e-5}
 _VHEAT: dict[str, dict[str, Any]] = {
@@ -106,13 +105,16 @@ def build(name: str, image_size: int) -> nn.Module:
     """A contestant in eval mode.
 
     Args:
-        name: One of [`names`], or `timm:<model>` (extra `bench`).
+        name: One of [`names`], or `timm:<model>` (extra `bench`); `<name>@<share>` is the model slimmed to this share.
         image_size: Side of the images in pixels.
 
     Raises:
         ConfigurationError: There is none of this name.
         MissingExtraError: timm is not installed.
     """
+    name, _, share = name.partition("@")
+    if share:
+        return _slimmed(build(name, image_size), share)
     torch.manual_seed(0)
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"), image_size).eval()
@@ -120,6 +122,16 @@ def build(name: str, image_size: int) -> nn.Module:
         raise ConfigurationError(f"Unknown contestant '{name}': {did_you_mean(name, [*_BUILDERS, 'timm:<model>'])}")
     builder, size = _BUILDERS[name]
     return builder(size, image_size).eval()
+
+
+def _slimmed(model: Any, share: str) -> nn.Module:
+    from ..slimming import slim
+
+    try:
+        width = float(share)
+    except ValueError as error:
+        raise ConfigurationError(f"A width is a number above 0 and at most 1, got '{share}'.") from error
+    return slim(model, width).eval()
 
 
 def _timm(model: str, image_size: int) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import BenchmarkError, MissingExtraError
 
 _HEADER = ("min ms", "median", "ratio", "M par.", "GMAC", "GMAC/s", "MB", "total MB")
-_SETTINGS = ("image_size", "batch", "dtype", "compiled", "train", "device")
+_SETTINGS = ("image_size", "batch", "dtype", "compiled", "packed", "train", "device")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -18,10 +18,11 @@ def table(result: dict[str, Any]) -> str:
         f"{about['threads']} thread(s) of {about['cores']} {about['instructions']} cores ({about['device']}), load "
         f"{about['load']} to {result['load_after']}, {versions}; {result['repeats']} rounds, contestants taking turns"
     ]
+    lines += result.get("notes", [])
     for run in result["runs"]:
         kind = "training step" if run["train"] else "inference"
-        how = f"{kind}, {run['dtype']}{', compiled' if run['compiled'] else ''}, {run['device']}"
-        lines += ["", f"{run['image_size']} px, batch {run['batch']}, {how}", _line("", _HEADER)]
+        how = [kind, run["dtype"], *(name for name in ("compiled", "packed") if run.get(name)), run["device"]]
+        lines += ["", f"{run['image_size']} px, batch {run['batch']}, {', '.join(how)}", _line("", _HEADER)]
         lines += [_line(name, _cells(row)) for name, row in run["models"].items()]
     exponents = growth(result)
     if exponents:
@@ -43,14 +44,15 @@ def _line(name: str, cells: tuple[str, ...]) -> str:
 
 def growth(result: dict[str, Any]) -> dict[str, float]:
     """Exponent of time against pixels per model, between the smallest and the largest image of the first batch."""
-    runs = [run for run in result["runs"] if run["batch"] == result["runs"][0]["batch"]]
-    first, last = runs[0], runs[-1]
-    if first["image_size"] == last["image_size"]:
-        return {}
-    pixels = 2 * math.log(last["image_size"] / first["image_size"])
+    points: dict[str, list[tuple[int, float]]] = {}
+    for run in result["runs"]:
+        if run["batch"] == result["runs"][0]["batch"]:
+            for name, row in run["models"].items():
+                points.setdefault(name, []).append((run["image_size"], row["minimum"]))
+    ends = {name: (runs[0], runs[-1]) for name, runs in points.items() if runs[0][0] != runs[-1][0]}
     return {
-        name: math.log(last["models"][name]["minimum"] / row["minimum"]) / pixels
-        for name, row in first["models"].items()
+        name: math.log(last_time / first_time) / (2 * math.log(last_side / first_side))
+        for name, ((first_side, first_time), (last_side, last_time)) in ends.items()
     }
 
 
@@ -84,7 +86,9 @@ def check(result: dict[str, Any], stored: dict[str, Any], tolerance: float = 0.1
     Raises:
         BenchmarkError: A ratio is worse by more than `tolerance`, or the two have none in common.
     """
-    before = {_key(run): run["models"] for run in stored["runs"]}
+    before: dict[tuple, dict[str, Any]] = {}
+    for run in stored["runs"]:
+        before.setdefault(_key(run), {}).update(run["models"])
     lines, worse = [], []
     for run in result["runs"]:
         for name, row in run["models"].items():
@@ -103,4 +107,4 @@ def check(result: dict[str, Any], stored: dict[str, Any], tolerance: float = 0.1
 
 
 def _key(run: dict[str, Any]) -> tuple:
-    return tuple(run[name] for name in _SETTINGS)
+    return tuple(run.get(name, False) for name in _SETTINGS)  # older results have no "packed"

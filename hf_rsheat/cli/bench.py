@@ -25,6 +25,7 @@ def bench_backbone(
     batch: Annotated[str, typer.Option(help="Images at once, with commas.")] = "1",
     dtype: Annotated[Precision, typer.Option(help="Type of weights and images.")] = Precision.FLOAT32,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="Heat models with packed weights.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Forward and backward pass instead of inference.")] = False,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
@@ -47,6 +48,7 @@ def bench_backbone(
         memory=memory,
         dtype=dtype.value,
         compiled=compiled,
+        packed=packed,
         train=train,
         threads=threads,
         device=device,
@@ -88,6 +90,46 @@ def bench_scan(
     typer.echo(json.dumps(result, indent=2) if as_json else scan.report(result))
 
 
+@app.command("instances")
+def bench_instances(
+    models: Annotated[
+        str, typer.Option(help="Names with commas, ratios to the first.")
+    ] = "mask2former-swin-tiny,rs4d-base-bbox,rs4d-base-prompt,maskrcnn-resnet50-v2,rf-detr-seg-medium",
+    size: Annotated[str, typer.Option(help="Sides of the images in pixels, with commas.")] = "512,1024",
+    batch: Annotated[str, typer.Option(help="Images at once, with commas.")] = "1",
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    memory: Annotated[bool, typer.Option(help="Also measure memory, one fresh process each.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="PNG of time against image size.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
+) -> None:
+    """RS4D's detectors and others', random weights, interleaved in one process.
+
+    Two-stage detectors keep as many proposals and detections as published, whatever their scores; masks are not pasted.
+    """
+    import json
+
+    from hf_rsheat.benchmarks import instances, report
+
+    result = instances.bench_instances(
+        models.split(","),
+        _numbers("--size", size),
+        _numbers("--batch", batch),
+        repeats=repeats,
+        memory=memory,
+        threads=threads,
+        device=device,
+    )
+    typer.echo(json.dumps(result, indent=2) if as_json else report.table(result))
+    if chart is not None:
+        report.chart(result, chart)
+    if check is not None:
+        lines = report.check(result, json.loads(check.read_text(encoding="utf-8")))
+        typer.echo("\n".join(["", "Beside the stored ratios:", *lines]), err=as_json)
+
+
 @app.command("pretraining")
 def bench_pretraining(
     preset: Annotated[str, typer.Option(help="Size of the encoder: small, base, large or huge.")] = "base",
@@ -104,3 +146,44 @@ def bench_pretraining(
 
     torch.set_num_threads(threads)
     typer.echo(benchmark_pretraining(preset, batch, image_size, steps, device).table())
+
+
+@app.command("slim")
+def bench_slim(
+    models: Annotated[str, typer.Option(help="Names with commas, as for `bench backbone`.")] = "vheat-tiny,vit-base",
+    widths: Annotated[str, typer.Option(help="Shares of the inner units, with commas; 1 is added.")] = "0.75,0.5,0.25",
+    size: Annotated[str, typer.Option(help="Sides of the images in pixels, with commas.")] = "224",
+    batch: Annotated[str, typer.Option(help="Images at once, with commas.")] = "1",
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    memory: Annotated[bool, typer.Option(help="Also measure memory, one fresh process each.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="PNG of time and arithmetic against width.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
+) -> None:
+    """Models cut to shares of their width, beside the full ones."""
+    import json
+
+    from hf_rsheat.benchmarks import report, slim
+
+    try:
+        shares = [float(part) for part in widths.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"numbers with commas, got '{widths}'.", param_hint="--widths") from error
+    result = slim.bench_slim(
+        models.split(","),
+        shares,
+        sizes=_numbers("--size", size),
+        batches=_numbers("--batch", batch),
+        repeats=repeats,
+        memory=memory,
+        threads=threads,
+        device=device,
+    )
+    typer.echo(json.dumps(result, indent=2) if as_json else report.table(result))
+    if chart is not None:
+        slim.chart(result, chart)
+    if check is not None:
+        lines = report.check(result, json.loads(check.read_text(encoding="utf-8")))
+        typer.echo("\n".join(["", "Beside the stored ratios:", *lines]), err=as_json)

@@ -24,27 +24,34 @@ class Format(StrEnum):
 
     HUB = "hub"
     ONNX = "onnx"
+    OPENVINO = "openvino"
 
 
 def export(
     folder: Folder,
-    output: Annotated[Path, typer.Argument(help="Folder to write; with `--format onnx` the file.")],
-    format_: Annotated[Format, typer.Option("--format", help="A Hub-ready folder, or one ONNX file.")] = Format.HUB,
-    image_size: Annotated[int | None, typer.Option(min=32, help="Side of the images that ONNX is written for.")] = None,
-    modality: Annotated[str | None, typer.Option(help="Sensor that ONNX is written for (RS-vHeat).")] = None,
+    output: Annotated[Path, typer.Argument(help="Folder to write; for the other formats the file (.onnx, .xml).")],
+    format_: Annotated[
+        Format, typer.Option("--format", help="A Hub-ready folder, or a graph for onnxruntime or OpenVINO.")
+    ] = Format.HUB,
+    image_size: Annotated[
+        int | None, typer.Option(min=32, help="Side of the images that a graph is checked with.")
+    ] = None,
+    modality: Annotated[str | None, typer.Option(help="Sensor that a graph is written for (RS-vHeat).")] = None,
 ) -> None:
-    """Write a Hub-ready folder (weights, remote code, card) from a checkpoint folder, or an ONNX file."""
+    """Write a Hub-ready folder (weights, remote code, card) from a checkpoint folder, or a graph for a runtime."""
     register_models()
-    if format_ is Format.ONNX:
-        from hf_rsheat.hub.onnx import export_folder_onnx
+    if format_ is Format.HUB:
+        from hf_rsheat.hub import export_folder
 
-        differences = export_folder_onnx(folder, output, image_size=image_size, modality=modality)
-        worst = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-        typer.echo(f"Wrote {output}; largest differences from PyTorch, of the largest value: {worst}")
+        typer.echo(f"Wrote {export_folder(folder, output)}")
         return
-    from hf_rsheat.hub import export_folder
-
-    typer.echo(f"Wrote {export_folder(folder, output)}")
+    if format_ is Format.ONNX:
+        from hf_rsheat.hub.onnx import export_folder_onnx as export_graph
+    else:
+        from hf_rsheat.hub.openvino import export_folder_openvino as export_graph
+    differences = export_graph(folder, output, image_size=image_size, modality=modality)
+    worst = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    typer.echo(f"Wrote {output}; largest differences from PyTorch, of the largest value: {worst}")
 
 
 def push(

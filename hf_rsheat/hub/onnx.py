@@ -1,11 +1,16 @@
-"""`hf-rsheat export --format onnx`: one file that runs in onnxruntime, with any batch and, where it can, any size."""
+"""`hf-rsheat export --format onnx`: one file that runs in onnxruntime, with any batch, height and width."""
 
+import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -37,18 +42,56 @@ def _tensors(output: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((f"{name}_{index}", item) for index, item in enumerate(value))
 
 
+def _pooled(x: torch.Tensor, cells: tuple[int, int]) -> torch.Tensor:
+    """Adaptive average pooling, which ONNX lacks, as two products with matrices made from the size."""
+    return _pooling(cells[0], x.shape[2], x) @ x @ _pooling(cells[1], x.shape[3], x).T
+
+
+def _pooling(cells: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """`(cells, size)`: row i averages positions floor(i size / cells) up to ceil((i + 1) size / cells)."""
+    position, cell = torch.arange(size, device=like.device), torch.arange(cells, device=like.device)[:, None]
+    first, behind = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
+    inside = (position >= first) & (position < behind)
+    return inside.to(like.dtype) / (behind - first).to(like.dtype)
+
+
+def _with_free_pools(model: PreTrainedModel) -> PreTrainedModel:
+    """A model whose pools (UPerNet's) are written out; UPerNet keeps them in lists, so they stay the same modules."""
+    if not any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            size: Any = module.output_size
+            module.forward = partial(_pooled, cells=(size, size) if isinstance(size, int) else size)  # type: ignore
+    return model
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how to check it.
+
+    Attributes:
+        model: What PyTorch computes: `(batch, channels, height, width)` to a dictionary of tensors.
+        program: The same as `torch.export` sees it, for any batch, height and width. RS4D's refuses numbers of patches
+            that its scan pads otherwise than in the example; the ONNX graph takes all.
+        shapes: Shapes of images that the file must be right for.
+    """
+
+    model: nn.Module
+    program: torch.export.ExportedProgram
+    shapes: tuple[tuple[int, ...], ...]
+
+
 def export_onnx(
     model: PreTrainedModel, path: Path, *, image_size: int | None = None, modality: str | None = None
 ) -> dict[str, float]:
-    """Write a model as ONNX and run it beside PyTorch.
-
-    The batch is free; heights and widths are too for vHeat and RS-vHeat. RS4D and SelectiveMAE, whose graph depends on
-    the number of tokens, and UPerNet are written for `image_size`.
+    """Write a model as ONNX, for any batch, height and width, and run it beside PyTorch.
 
     Args:
-        model: Backbone, plain model or classifier; put into eval mode.
+        model: Backbone, plain model, classifier or UPerNet; put into eval mode.
         path: File to write.
-        image_size: Side of the images in pixels for which it is written; the config's if `None`.
+        image_size: Side in pixels of the images that it is checked with; the config's if `None`.
         modality: Sensor of the images (RS-vHeat).
 
     Returns:
@@ -59,6 +102,16 @@ def export_onnx(
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed (extra `onnx`).
         VerificationError: The runtime's outputs are not PyTorch's.
     """
+    exported = write_onnx(model, path, image_size=image_size, modality=modality)
+    differences = _compare(exported.model, path, exported.shapes)
+    logger.info("Wrote %s: batch, height and width free.", path)
+    return differences
+
+
+def write_onnx(
+    model: PreTrainedModel, path: Path, *, image_size: int | None = None, modality: str | None = None
+) -> Exported:
+    """[`export_onnx`] without the check."""
     kind = type(model).__name__
     if "ForPreTraining" in kind or "ForDistillation" in kind:
         raise ConfigurationError(
@@ -68,35 +121,28 @@ def export_onnx(
         raise ConfigurationError(f"{kind} returns as many objects as it finds: export its backbone (model.backbone).")
     _require_onnx()
     options = {} if modality is None else {"modality": modality}
-    wrapped = _Outputs(model.requires_grad_(False), options).eval()
     config = getattr(model.config, "backbone_config", None) or model.config
-    side = image_size or _side(config)
-    channels = _channels(config, modality)
-    any_size = hasattr(model.config, "table_interpolation")  # not under a UPerNet: ONNX has no adaptive pooling
+    side, channels = image_size or _side(config), _channels(config, modality)
+    wrapped = _Outputs(model.requires_grad_(False), options).eval()
     # Unequal and odd multiples, so that no two dimensions are taken for one.
-    example = torch.randn(2, channels, side, side + 32) if any_size else torch.randn(2, channels, side, side)
-    free = {0: torch.export.Dim.DYNAMIC}
-    if any_size:
-        free |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    example = {"pixel_values": torch.randn(2, channels, side, side + 32)}
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    graph = _Outputs(_with_free_pools(model), options).eval()
+    program = torch.export.export(graph, (), example, dynamic_shapes={"pixel_values": free})
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.onnx.export(
-        wrapped,
+        program,
         (),
         path,
-        kwargs={"pixel_values": example},
-        dynamic_shapes={"pixel_values": free},
+        kwargs=example,
         input_names=["pixel_values"],
-        output_names=[name for name, _ in _tensors(wrapped(example))],
+        output_names=[name for name, _ in _tensors(wrapped(**example))],
         dynamo=True,
         external_data=False,
         verbose=False,
     )
-    shapes = [(1, channels, side, side), (3, channels, side, side)]
-    if any_size:
-        shapes.append((1, channels, side + 32, max(32, side - 19)))
-    differences = _compare(wrapped, path, shapes)
-    logger.info("Wrote %s: batch%s free.", path, ", height and width" if any_size else "")
-    return differences
+    sizes = ((1, side, side), (3, side, side), (1, side + 32, max(32, side - 19)))
+    return Exported(wrapped, program, tuple((batch, channels, height, width) for batch, height, width in sizes))
 
 
 def export_folder_onnx(folder: Path, path: Path, **options: Any) -> dict[str, float]:
@@ -132,14 +178,36 @@ def _compare(model: nn.Module, path: Path, shapes: Sequence[tuple[int, ...]]) ->
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return compare(model, lambda images: session.run(None, {"pixel_values": images}), shapes, path)
+
+
+def compare(
+    model: nn.Module,
+    run: Callable[[NDArray[np.float32]], Sequence[NDArray[np.float32]]],
+    shapes: Sequence[tuple[int, ...]],
+    path: Path,
+) -> dict[str, float]:
+    """Run another runtime beside PyTorch on random images.
+
+    Args:
+        model: Images to a dictionary of tensors.
+        run: The runtime: images to the same tensors in the same order.
+        shapes: Shapes of the images.
+        path: The file that `run` runs.
+
+    Returns:
+        Per output the largest difference, as a share of its largest value (or of 1).
+
+    Raises:
+        VerificationError: It is more than `TOLERANCE`.
+    """
     generator = torch.Generator().manual_seed(0)
     worst: dict[str, float] = {}
     for shape in shapes:
         pixel_values = torch.randn(shape, generator=generator)
         with torch.no_grad():
             expected = model(pixel_values)
-        actual = session.run(list(expected), {"pixel_values": pixel_values.numpy()})
-        for (name, one), other in zip(expected.items(), actual, strict=True):
+        for (name, one), other in zip(expected.items(), run(pixel_values.numpy()), strict=True):
             scale = max(1.0, one.abs().max().item())
             difference = (one - torch.from_numpy(other)).abs().max().item() / scale
             worst[name] = max(worst.get(name, 0.0), difference)

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .heat_conduction import CachingModule
-from .heat_encoder import HeatLayer, HeatStage, PointwiseConv
+from .channels_last import pack_linear
+from .heat_conduction import CachingModule, HeatConduction
+from .heat_encoder import HeatLayer, HeatMLP, HeatStage, PointwiseConv
 from .input_channels import ChannelAdaptingModel
 
 
@@ -46,3 +47,20 @@ class HeatPreTrainedModel(ChannelAdaptingModel):
         for module in self.modules():
             if isinstance(module, CachingModule):
                 module.clear_cache()
+
+    def pack_weights(self) -> None:
+        """For faster inference on a CPU keep the linear maps' weights a second time, in blocks as oneDNN needs them.
+
+        Nothing else changes; weights edited or moved later are used as before, until this is called again. Needs the
+        memory of the weights again. Hooked, adapted and quantised linear maps are left alone.
+
+        Raises:
+            ValueError: The weights are not float32 or bfloat16 on a CPU, or PyTorch lacks oneDNN.
+        """
+        for module in self.modules():
+            if isinstance(module, HeatConduction):
+                pack_linear(module.in_proj, in_halves=True)
+                pack_linear(module.out_proj)
+            elif isinstance(module, HeatMLP):
+                pack_linear(module.fc1)
+                pack_linear(module.fc2)

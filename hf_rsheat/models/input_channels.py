@@ -59,6 +59,11 @@ class ChannelAdaptingModel(PreTrainedModel):
                 adapt_input_channels(model, channels, modality=name or None)
         return loaded
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The first convolution (RS-vHeat: of the default modality). Quantisation and PEFT ask for it."""
+        _, stem, _ = _find_stem(self, None)
+        return getattr(stem, stem.input_layer)
+
 
 def _stored_config(cls, path, kwargs: dict) -> PreTrainedConfig | None:
     try:

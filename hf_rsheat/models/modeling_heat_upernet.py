@@ -1,5 +1,6 @@
 """UPerNet (arXiv 1807.10221) over a heat or an RS4D backbone: transformers' own heads, loadable without the package."""
 
+from torch import nn
 from transformers.models.upernet.modeling_upernet import (
     UperNetFCNHead,
     UperNetForSemanticSegmentation,
@@ -35,6 +36,10 @@ class HeatUperNetForSemanticSegmentation(UperNetForSemanticSegmentation):
         self.decode_head = UperNetHead(config, in_channels=channels)
         self.auxiliary_head = UperNetFCNHead(config, in_channels=channels) if config.use_auxiliary_head else None
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's first convolution. Quantisation and PEFT ask for it."""
+        return self.backbone.get_input_embeddings()
 
 
 __all__ = ["HeatUperNetForSemanticSegmentation"]

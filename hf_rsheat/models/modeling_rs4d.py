@@ -37,7 +37,8 @@ class RS4DEmbeddings(nn.Module):
     def positions(self, height: int, width: int) -> torch.Tensor:
         """The position table for a grid of `height` x `width` patches: as stored, or resized bicubically."""
         table = self.position_embeddings
-        if (height, width) == self.grid_size:
+        exported_for_any_size = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
+        if not exported_for_any_size and (height, width) == self.grid_size:
             return table
         start = 0 if self.cls_token is None else 1
         grid = resize_positions(table[:, start:], self.grid_size, (height, width))

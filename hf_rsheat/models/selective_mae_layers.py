@@ -29,17 +29,22 @@ def resize_positions(table: torch.Tensor, stored: tuple[int, int], wanted: tuple
 
     Bicubic, corners not aligned, no antialiasing, in at least float32.
     """
-    if stored == wanted:
+    if not _is_symbolic(*wanted) and stored == wanted:
         return table
     dtype = torch.promote_types(table.dtype, torch.float32)
     maps = table.unflatten(1, stored).permute(0, 3, 1, 2).to(dtype)
     return F.interpolate(maps, size=wanted, mode="bicubic").flatten(2).transpose(1, 2).to(table.dtype)
 
 
+def _is_symbolic(*sizes: int | torch.SymInt) -> bool:
+    """Whether a program for any size is being recorded: no size may then be compared with a stored one."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Zeros (the mean colour) at the right and bottom, up to whole patches: no pixel is dropped."""
     height, width = pixel_values.shape[-2:]
-    if height % patch_size == 0 and width % patch_size == 0:
+    if not _is_symbolic(height, width) and height % patch_size == 0 and width % patch_size == 0:
         return pixel_values
     return F.pad(pixel_values, (0, -width % patch_size, 0, -height % patch_size))
 

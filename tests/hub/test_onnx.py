@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hf_rsheat.errors import ConfigurationError, MissingExtraError, VerificationError
 from hf_rsheat.hub import onnx as hub_onnx
@@ -37,6 +38,35 @@ def test_a_heat_classifier_runs_with_any_batch_height_and_width(tmp_path):
         with torch.no_grad():
             expected = model(pixel_values).logits
         torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cells", [(1, 1), (2, 3), (6, 6)])
+@pytest.mark.parametrize("size", [(5, 7), (6, 12), (40, 33)])
+def test_pools_written_out_are_adaptive_average_pools(size, cells):
+    x = torch.randn(2, 3, *size)
+    torch.testing.assert_close(hub_onnx._pooled(x, cells), F.adaptive_avg_pool2d(x, cells), atol=1e-6, rtol=1e-5)
+
+
+def test_pools_are_written_out_in_a_copy_only():
+    model, pixel_values = ZOO["vheat-upernet"].model(), torch.randn(1, 3, 64, 96)
+    free = hub_onnx._with_free_pools(model)
+    with torch.no_grad():
+        torch.testing.assert_close(free(pixel_values).logits, model(pixel_values).logits, atol=1e-5, rtol=1e-4)
+    pools = [[m for m in each.modules() if isinstance(m, torch.nn.AdaptiveAvgPool2d)] for each in (model, free)]
+    assert [["forward" in vars(pool) for pool in each] for each in pools] == [[False] * 4, [True] * 4]
+
+
+def test_a_program_of_selective_mae_is_for_any_size():
+    model, dynamic = ZOO["selective-mae"].model(), torch.export.Dim.DYNAMIC
+    example = {"pixel_values": torch.randn(2, 3, 64, 96)}
+    program = torch.export.export(
+        model, (), example, dynamic_shapes={"pixel_values": dict.fromkeys((0, 2, 3), dynamic)}
+    )
+    for shape in [(1, 3, 64, 64), (3, 3, 33, 101)]:
+        pixel_values = torch.randn(shape)
+        with torch.no_grad():
+            actual, expected = (run(pixel_values=pixel_values).pooler_output for run in (program.module(), model))
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
