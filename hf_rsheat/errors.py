@@ -1,5 +1,8 @@
 """Typed errors. Each message says what was wrong and what to do next."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class HFRSHeatError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -61,7 +64,7 @@ class RunInterrupted(HFRSHeatError, RuntimeError):
 
 
 class BenchmarkError(HFRSHeatError, RuntimeError):
-    """A measured ratio is worse than the stored one."""
+    """A measured ratio is worse than the stored one, or what was measured is not what should have been."""
 
 
 class MissingExtraError(HFRSHeatError, ImportError):
@@ -69,3 +72,10 @@ class MissingExtraError(HFRSHeatError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}: run `pip install 'hf_rsheat[{extra}]'`.")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Sentence that names the closest known name, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known names are {', '.join(known)}."

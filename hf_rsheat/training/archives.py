@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import DataError
 
@@ -39,14 +39,26 @@ def read_member(path: Path) -> BytesIO | None:
     return BytesIO(_tar_member(archive, name) if archive.suffix.lower() == ".tar" else _cell(archive, name))
 
 
-@cache
-def _tar_index(archive: Path) -> dict[str, tuple[int, int]]:
-    """{name: (position, size)} of the files of an uncompressed tar."""
+def tar_index(file: BinaryIO, name: str) -> dict[str, tuple[int, int]]:
+    """{member: (position, size)} of the files of an open, uncompressed tar.
+
+    Raises:
+        DataError: If it is none.
+    """
     try:
-        with tarfile.open(archive, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             return {info.name.removeprefix("./"): (info.offset_data, info.size) for info in tar if info.isfile()}
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"Cannot read '{archive}': {error}. Unpack compressed tars, or make it again.") from error
+        raise DataError(f"Cannot read '{name}': {error}. Unpack compressed tars, or make it again.") from error
+
+
+@cache
+def _tar_index(archive: Path) -> dict[str, tuple[int, int]]:
+    try:
+        with archive.open("rb") as file:
+            return tar_index(file, str(archive))
+    except OSError as error:
+        raise DataError(f"Cannot read '{archive}': {error}.") from error
 
 
 def _tar_member(archive: Path, name: str) -> bytes:

@@ -56,7 +56,8 @@ class Geometry:
             max(1, round(self.width * full_width)),
         ]
         view = tv.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-        view = view.clamp(image.min(), image.max())
+        lowest, highest = image.aminmax()
+        view = view.clamp_(lowest.item(), highest.item())
         if self.mirrored:
             view = view.flip(-1)
         return torch.rot90(view, self.quarter_turns, (-2, -1)).contiguous()

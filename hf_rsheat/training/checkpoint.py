@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, CheckpointWriteError
+from . import zero
 from .recipe import Recipe
 from .sharding import placed_like, whole
 
@@ -144,8 +145,10 @@ def _write_error(final: Path, needed: int, error: Exception) -> CheckpointWriteE
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Optimiser state by `parameter name:entry`, since indices would shift when a parameter is added.
 
-    Called on every process: where the state is sharded (FSDP2), each contributes its part.
+    Called on every process: where the state is sharded (FSDP2, ZeRO), each contributes its part.
     """
+    if (sharded := zero.partitioned(optimizer)) is not None:
+        return zero.gather(model, sharded)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         f"{names[id(parameter)]}:{entry}": whole(value) if isinstance(value, torch.Tensor) else value
@@ -249,6 +252,9 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
         values |= json.loads((checkpoint / "optimizer.json").read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"Cannot read the optimiser state of {checkpoint}: {error}.") from error
+    if (sharded := zero.partitioned(optimizer)) is not None:
+        zero.restore(model, sharded, values)
+        return
     named = dict(model.named_parameters())
     indices = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Any]] = {}

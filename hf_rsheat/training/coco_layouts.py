@@ -6,8 +6,7 @@ recipe says so (`objective_options.annotations` and the like).
 
 from typing import NamedTuple
 
-from ..errors import ConfigurationError
-from .recipe import did_you_mean
+from ..errors import ConfigurationError, did_you_mean
 
 
 class Split(NamedTuple):

@@ -10,10 +10,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import DataError, HFRSHeatError
+from .batching import BatchRows
 from .image_folder import DecodedSample, Sample, check_content, decode
 from .randomness import generator
 from .sampler import BatchPlan
 from .signals import detach_loader
+from .sources import FolderSource, ImageSource
 
 Batch = dict[str, Any]
 
@@ -63,20 +65,21 @@ class BatchReader(Dataset):
     """Reads, prepares and collates the samples of a `BatchPlan`.
 
     Args:
-        folder: The image folder that the samples' paths are relative to.
+        source: Where the samples' images are; a folder that their paths are relative to will do.
         samples: All samples.
         preparation: The objective.
         seed: Seed of the run.
     """
 
-    def __init__(self, folder: Path, samples: list[Sample], preparation: Preparation, seed: int) -> None:
-        self.folder = folder
+    def __init__(self, source: Path | ImageSource, samples: list[Sample], preparation: Preparation, seed: int) -> None:
+        self.source = FolderSource(source) if isinstance(source, Path) else source
         self.samples = samples
         self.preparation = preparation
         self.seed = seed
 
     def __getitem__(self, plan: BatchPlan) -> LoadedBatch:
         ready: list[Batch] = []
+        rows = BatchRows(len(plan.indices))
         usable: list[int] = []
         skipped: list[Skipped] = []
         for index in plan.indices:
@@ -86,10 +89,10 @@ class BatchReader(Dataset):
             images: dict[str, torch.Tensor] = {}
             try:
                 for modality, path in sample.files:
-                    images[modality] = decode(self.folder / path, self.preparation.channels(modality))
+                    images[modality] = decode(self.source.open(path), self.preparation.channels(modality))
                     check_content(images[modality])
                 rng = generator("sample", self.seed, plan.epoch, index)
-                ready.append(self.preparation.prepare(DecodedSample(images, sample.label), rng))
+                ready.append(rows.add(self.preparation.prepare(DecodedSample(images, sample.label), rng)))
                 usable.append(number)
             except DataError as error:
                 skipped.append(Skipped(path, str(error)))

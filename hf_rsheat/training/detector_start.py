@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, ConfigurationError, did_you_mean
 from ..models.configuration_rs4d_instances import BACKBONE_CONFIGS, RS4DInstanceConfig
 from ..models.image_processing_rs4d import RS4DImageProcessor
 from ..models.modeling_rs4d_instances import BACKBONES, RS4DForInstanceSegmentation
 from .normalization import resolve_processor
-from .recipe import Recipe, did_you_mean
+from .recipe import Recipe
 from .starting_point import resolve_model, stored_model_type
 
 _DEFAULT_BACKBONE = "rs4d"

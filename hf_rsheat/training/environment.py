@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
 from ..errors import ConfigurationError, HFRSHeatError, MissingExtraError
+from . import zero
 from .objectives import Objective
 from .recipe import Recipe
 from .resume import find_checkpoint
@@ -21,27 +22,30 @@ def build_accelerator(recipe: Recipe, objective: type[Objective]) -> Accelerator
     """The accelerator of this process; the first collective of a run of several processes.
 
     Raises:
-        ConfigurationError: If the machine cannot compute in the precision asked for, or DeepSpeed is asked for.
+        ConfigurationError: If the machine cannot compute in the precision asked for, or DeepSpeed cannot be used.
         MissingExtraError: If a tracker is not installed.
     """
     refusal = f"mixed_precision '{recipe.mixed_precision}' does not work on this machine: use bf16 or no."
     find_unused = not objective.every_parameter_every_step
+    sharded = zero.wanted()
+    if sharded and importlib.util.find_spec("deepspeed") is None:
+        raise MissingExtraError("deepspeed", "deepspeed", "An accelerate configuration with DeepSpeed")
     try:
         accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision,
+            mixed_precision="no" if sharded else recipe.mixed_precision,
             log_with=_trackers(recipe) or None,
             project_dir=recipe.output_dir,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=find_unused),
+                *(zero.process_group() if sharded else ()),
+            ],
         )
     except ValueError as error:
         raise ConfigurationError(f"{refusal} ({error})") from error
-    if recipe.mixed_precision != "no" and not accelerator.native_amp:
+    if zero.active(accelerator):
+        zero.configure(accelerator, recipe, objective.every_parameter_every_step)
+    elif recipe.mixed_precision != "no" and not accelerator.native_amp:
         raise ConfigurationError(refusal)  # Accelerate would train in float32 without a word
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ConfigurationError(
-            "DeepSpeed keeps its optimiser state in pickles, which this package neither writes nor reads: shard with "
-            "FSDP2 instead (examples/accelerate/fsdp2.yaml)."
-        )
     return accelerator
 
 

@@ -2,8 +2,9 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -50,7 +51,7 @@ def image_paths(folder: Path) -> list[str]:
     Links are followed, but no directory is read twice.
 
     Raises:
-        DataError: If there are none, or an archive cannot be read.
+        DataError: If there are none, or an archive or a folder cannot be read.
     """
     if not folder.is_dir():
         raise DataError(f"image_folder '{folder}' is not a folder: set image_folder to a folder of images.")
@@ -62,8 +63,11 @@ def image_paths(folder: Path) -> list[str]:
 
 
 def _walk(folder: Path) -> Iterator[str]:
+    def refuse(error: OSError) -> None:  # os.walk would leave its images out without a word
+        raise DataError(f"Cannot list '{error.filename}': {error.strerror}. Allow it, or move the folder away.")
+
     seen: set[str] = set()
-    for root, directories, files in os.walk(folder, followlinks=True):
+    for root, directories, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
             directories.clear()  # a link back to a parent, or a second link to the same place
@@ -97,8 +101,13 @@ def scan_modalities(folder: Path, modalities: Sequence[str], default: str) -> li
     Raises:
         DataError: If there are no images, or two files of one modality compete for one pair.
     """
+    return pair_paths(image_paths(folder), modalities, default)
+
+
+def pair_paths(paths: Iterable[str], modalities: Sequence[str], default: str) -> list[Sample]:
+    """`scan_modalities` of a list of paths."""
     scenes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for path in image_paths(folder):
+    for path in paths:
         parts = list(PurePosixPath(path).with_suffix("").parts)
         named = next((i for i, part in enumerate(parts[:-1]) if part in modalities), None)
         modality = default if named is None else parts.pop(named)
@@ -106,11 +115,11 @@ def scan_modalities(folder: Path, modalities: Sequence[str], default: str) -> li
     samples: list[Sample] = []
     for files in scenes.values():
         if len(files) == 1:
-            samples += [Sample(((modality, path),)) for modality, paths in files.items() for path in paths]
+            samples += [Sample(((modality, path),)) for modality, found in files.items() for path in found]
             continue
-        for paths in files.values():
-            if len(paths) > 1:
-                raise DataError(f"Cannot tell which of {', '.join(paths)} belongs to the pair: keep one of them.")
+        for found in files.values():
+            if len(found) > 1:
+                raise DataError(f"Cannot tell which of {', '.join(found)} belongs to the pair: keep one of them.")
         samples.append(Sample(tuple((modality, files[modality][0]) for modality in modalities if modality in files)))
     return samples
 
@@ -141,11 +150,11 @@ def scan_classes(folder: Path, modality: str) -> tuple[list[Sample], list[str]]:
     return [Sample(((modality, path),), index[path.split("/")[0]]) for path in paths], classes
 
 
-def decode(path: Path, channels: int) -> torch.Tensor:
+def decode(path: Path | BytesIO, channels: int) -> torch.Tensor:
     """Read an image file, turned upright.
 
     Args:
-        path: The file; it may lie in a tar or Parquet file (`shard.tar/scene.png`).
+        path: The file; it may lie in a tar or Parquet file (`shard.tar/scene.png`). Or its bytes.
         channels: 1 or 3; 8-bit images are converted to grey or RGB. Other numbers are bands of a raster.
 
     Returns:
@@ -155,7 +164,10 @@ def decode(path: Path, channels: int) -> torch.Tensor:
     Raises:
         DataError: If the file cannot be used; the message says why.
     """
-    source = path if path.is_file() else read_member(path)
+    try:
+        source = path if isinstance(path, BytesIO) or path.is_file() else read_member(path)
+    except OSError as error:  # in a folder that may not be entered
+        raise DataError(f"cannot be read: {error.strerror}") from error
     if source is None:  # opening a pipe would wait for a writer
         raise DataError("cannot be read: it is no file, or a link to none")
     if channels not in PLAIN_CHANNELS:
@@ -166,7 +178,7 @@ def decode(path: Path, channels: int) -> torch.Tensor:
             image = ImageOps.exif_transpose(opened)
     except Exception as error:  # on malformed files, decoders raise whatever their arithmetic comes to
         reason = str(error).replace(f" {str(path)!r}", "").replace(f" {source!r}", "")  # equal for equal causes
-        raise DataError(f"cannot be read: {reason}") from error
+        raise DataError(f"cannot be read: {reason.removesuffix(':')}") from error
     if image.mode.startswith(("I", "F")):  # more than 8 bit: converting would clip
         if channels != 1:
             raise DataError(f"has 1 channel, the model expects {channels}")

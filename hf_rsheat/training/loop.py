@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError, DataError, RunInterrupted
+from . import zero
 from .averaging import WeightAverage
 from .checkpoint import (
     TrainerState,
@@ -106,9 +107,10 @@ class _Run:
         self.objective = objective
         self.accelerator = accelerator
         self.output_dir = Path(recipe.output_dir)
-        self.sampler = build_sampler(recipe, objective.samples)
+        self.sampler = build_sampler(recipe, objective.samples, objective.source.shards(objective.samples))
         listing = repr([(sample.files, sample.label) for sample in objective.samples])
-        self.fingerprint = hashlib.sha256((listing + objective.data_digest).encode()).hexdigest()
+        listing += objective.data_digest + objective.source.digest
+        self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()
         self.pruning = Pruning(self.sampler, len(objective.samples), recipe) if recipe.prune_ratio else None
         self.first_step = 0
         self.saved = checkpoint or checkpoint_path(self.output_dir, 0)  # there is none of step 0
@@ -120,7 +122,11 @@ class _Run:
         if recipe.torch_compile:
             self.bare_model.compile()  # in place: the names of the weights stay
         self.bare_optimizer = build_optimizer(self.bare_model, recipe, accelerator.device)
+        if zero.active(accelerator):
+            zero.autocast_forward(self.bare_model, recipe, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(self.bare_model, self.bare_optimizer)
+        if zero.active(accelerator):
+            self.bare_optimizer = self.optimizer
         self.average = None if recipe.ema_decay is None else WeightAverage(self.bare_model, float(recipe.ema_decay))
         self.stepper = Stepper(accelerator, self.model, self.optimizer, objective, recipe, self.pruning, self.average)
         if checkpoint is not None:
@@ -140,7 +146,7 @@ class _Run:
         if state.data_fingerprint != self.fingerprint:
             logger.warning(
                 "The images in %s have changed since %s: the order of the remaining steps changes with them.",
-                self.recipe.image_folder,
+                self.recipe.data_name,
                 checkpoint.name,
             )
         if self.pruning is not None:
@@ -212,7 +218,7 @@ class _Run:
                 monitor.flush()
             if starved:
                 raise DataError(
-                    f"None of the last images of {recipe.image_folder} could be used: "
+                    f"None of the last images of {recipe.data_name} could be used: "
                     f"{self.output_dir / 'skipped.jsonl'} gives the reason for each."
                 )
             if recipe.picture_steps and done % recipe.picture_steps == 0:
@@ -238,7 +244,8 @@ class _Run:
 
     def _batches(self) -> Iterator[LoadedBatch]:
         recipe, accelerator = self.recipe, self.accelerator
-        reader = BatchReader(Path(recipe.image_folder), self.objective.samples, self.objective, recipe.seed)
+        objective = self.objective
+        reader = BatchReader(objective.source, objective.samples, objective, recipe.seed)
         step = self.first_step
         while step < recipe.max_steps:
             last = self._known_until(step)
@@ -249,6 +256,7 @@ class _Run:
                 accelerator.num_processes,
                 recipe.gradient_accumulation_steps,
             )
+            plans = objective.source.read_ahead(plans, objective.samples, accelerator.num_processes)
             yield from load_batches(reader, plans, recipe.num_workers, pin_memory=accelerator.device.type == "cuda")
             step = last
 

@@ -4,25 +4,26 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import DataError
-from .image_folder import Sample, scan_modalities
-from .recipe import Recipe, did_you_mean
+from ..errors import DataError, did_you_mean
+from .image_folder import Sample
+from .recipe import Recipe
+from .sources import ImageSource
 
 
-def find_scenes(recipe: Recipe, modalities: Sequence[str], default: str) -> list[Sample]:
-    """Samples of a recipe's image folder: those of its manifest if it has one, else all that `scan_modalities` finds.
+def find_scenes(recipe: Recipe, source: ImageSource, modalities: Sequence[str], default: str) -> list[Sample]:
+    """Samples of a recipe: those of its manifest if it has one, else all that its source has.
 
     Args:
         recipe: The run's recipe.
+        source: Where its images come from.
         modalities: Names of the model's modalities.
         default: Modality of images whose path does not say.
 
     Raises:
         DataError: If there are no images, or the manifest cannot be used.
     """
-    folder = Path(recipe.image_folder)
     if recipe.manifest is None:
-        return scan_modalities(folder, modalities, default)
+        return source.scenes(modalities, default)
     return read_manifest(Path(recipe.manifest), modalities)
 
 

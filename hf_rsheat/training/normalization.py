@@ -1,14 +1,16 @@
 """The image processor of a run: its statistics normalise the training images and travel with the model."""
 
+import copy
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ConfigurationError, DataError
+from ..errors import ConfigurationError, DataError, did_you_mean
 from ..models.image_checks import UINT8_FACTOR, ImageFormatError
-from .recipe import Recipe, did_you_mean
+from .recipe import Recipe
 
 
 def resolve_processor(processor_class: Any, recipe: Recipe, checkpoint: Path | None, channels: dict[str, int]) -> Any:
@@ -87,18 +89,22 @@ def normalize(processor: Any, image: torch.Tensor, modality: str) -> torch.Tenso
     Raises:
         DataError: If the pixels do not fit the processor, e.g. 16-bit values without a factor.
     """
-    options = {"modality": modality} if _is_per_modality(processor) else {}
     try:
-        return processor(
-            image,
-            do_resize=False,
-            do_center_crop=False,
-            input_data_format="channels_first",
-            return_tensors="pt",
-            **options,
-        ).pixel_values[0]
+        arguments, options = _call_of(processor, modality)
+        return processor._preprocess_image_like_inputs(image, *arguments, **options).pixel_values[0]
     except ImageFormatError as error:
         raise DataError(f"{error} (in a recipe: preprocessing.{modality}.<option>)") from error
+
+
+@lru_cache(maxsize=32)
+def _call_of(processor: Any, modality: str) -> tuple[tuple, dict[str, Any]]:
+    """What a processor passes on when it is called for a modality: resolving its options for every image takes longer
+    than the pixels do."""
+    probe = copy.copy(processor)
+    probe._preprocess_image_like_inputs = lambda images, *arguments, **options: (arguments, options)
+    sensor = {"modality": modality} if _is_per_modality(processor) else {}
+    fixed = {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_first"}
+    return probe([], return_tensors=None, **fixed, **sensor)
 
 
 def denormalize(processor: Any, views: torch.Tensor, modality: str) -> torch.Tensor:

@@ -33,7 +33,7 @@ def dry_run(recipe: Recipe, resume: bool | str | Path = False) -> str:
     objective = get_objective(recipe.objective)(recipe, checkpoint)
     check_objective(recipe, objective)
     model = objective.build_model()
-    sampler = build_sampler(recipe, objective.samples)
+    sampler = build_sampler(recipe, objective.samples, objective.source.shards(objective.samples))
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     averages = 0 if recipe.ema_decay is None else trained
@@ -55,7 +55,7 @@ def dry_run(recipe: Recipe, resume: bool | str | Path = False) -> str:
 
 def _probe(recipe: Recipe, objective: Objective, plan: BatchPlan) -> str:
     """Read a few samples as the first step would."""
-    reader = BatchReader(Path(recipe.image_folder), objective.samples, objective, recipe.seed)
+    reader = BatchReader(objective.source, objective.samples, objective, recipe.seed)
     loaded = reader[plan]
     if plan.indices and not loaded.images:
         reasons = "; ".join(f"{image.path}: {image.reason}" for image in loaded.skipped[:3])

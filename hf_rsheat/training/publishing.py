@@ -17,7 +17,7 @@ from .recipe import BOOKKEEPING, Recipe
 
 logger = logging.getLogger(__name__)
 
-_NOT_ON_THE_CARD = frozenset({*BOOKKEEPING, "manifest"})
+_NOT_ON_THE_CARD = frozenset({*BOOKKEEPING, "manifest", "dataset"})
 
 
 def publish(recipe: Recipe, objective: Objective, checkpoint: Path) -> Path:
@@ -53,13 +53,19 @@ def _card_context(recipe: Recipe) -> dict[str, Any]:
     averaged = "" if recipe.ema_decay is None else f"; exponential moving average of the weights ({recipe.ema_decay})"
     context = {
         "recipe": settings,
-        "dataset": Path(recipe.image_folder).resolve().name,
+        "dataset": _data_name(recipe),
         "source": f"trained with this package, starting from {start}{averaged}",
         "model_name": Path(recipe.output_dir).resolve().name,
     }
     if recipe.hub_model_id is not None:
         context |= {"repo_id": recipe.hub_model_id, "model_name": recipe.hub_model_id.split("/")[-1]}
     return context
+
+
+def _data_name(recipe: Recipe) -> str:
+    """The training data on the card: a data set's name, of folders the last part."""
+    name = recipe.data_name
+    return name if recipe.dataset and not Path(name).exists() else Path(name).resolve().name
 
 
 def _push(hub: Path, repo_id: str) -> None:

@@ -1,10 +1,9 @@
 """The recipe: one validated dataclass that says everything about a training run."""
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +12,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, did_you_mean
 
 T = TypeVar("T")
 
@@ -70,10 +69,14 @@ class Recipe:
             the modality; equal relative stems in two of them are a pair. For `classification` the first folder level
             gives the class.
             Tar (WebDataset) and Parquet files in it count as folders; a Parquet file has one folder per image column.
+        dataset: A data set of the `datasets` library instead of `image_folder`, with the arguments of `load_dataset`:
+            `{path: user/name, split: train, image_column: image, streaming: true}`; a folder of `save_to_disk` is a
+            path too. `DatasetSettings` has all keys. Not for `instances` and distillation.
         manifest: CSV file with a column of paths per modality and a line per sample, instead of all images there are;
             paths are relative to `image_folder`. Not for `classification`, `instances` and distillation.
-        mixture: How often an epoch holds the images of a first-level folder of `image_folder`, e.g. `{flood: 3.5,
-            city: 0.1}`; once where it says nothing.
+        mixture: How often an epoch holds the images of a first-level folder of `image_folder`, or of a streamed data
+            set, e.g. `{flood: 3.5, city: 0.1}`; once where it says nothing. Where data sets of the Hub are streamed
+            together, each counts as a folder of its name.
         output_dir: Run folder: `recipe.yaml`, `log.jsonl`, `skipped.jsonl`, `checkpoint-<step>`, and `hub` at the end.
         seed: Everything random follows from it.
         image_size: Side of the square training images in pixels.
@@ -119,6 +122,7 @@ class Recipe:
     objective: str
     image_folder: str
     output_dir: str
+    dataset: dict[str, Any] = field(default_factory=dict)
     manifest: str | None = None
     mixture: dict[str, float | int] = field(default_factory=dict)
     seed: int = 0
@@ -159,6 +163,12 @@ class Recipe:
             if value is not None and not (math.isfinite(value) and value >= lowest):
                 raise ValueError(f"'{name}' must be at least {lowest:g}, got {value}")
 
+    def validate_source(self) -> None:
+        if bool(self.dataset) == bool(self.image_folder):
+            raise ValueError("set either 'image_folder' or 'dataset'")
+        if self.dataset and self.manifest:
+            raise ValueError("'manifest' names files of an 'image_folder': remove it or 'dataset'")
+
     def validate_schedule(self) -> None:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("'min_learning_rate' must not exceed 'learning_rate'")
@@ -197,6 +207,11 @@ class Recipe:
     def model_fields(self) -> dict[str, Any]:
         """Config fields the user set, without the folder to start from."""
         return {} if isinstance(self.model, str) else {k: v for k, v in self.model.items() if k != "pretrained"}
+
+    @property
+    def data_name(self) -> str:
+        """What to call the training data."""
+        return str(self.dataset.get("path", "dataset")) if self.dataset else self.image_folder
 
     def to_yaml(self) -> str:
         """The recipe as YAML text; `parse_yaml` reads it back, with lists for tuples."""
@@ -238,13 +253,6 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigurationError(f"Not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Sentence that names the closest known name, or all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known names are {', '.join(known)}."
 
 
 def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -315,4 +323,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             raise ConfigurationError(f"Cannot read the recipe {path}: {error}.") from error
     if not isinstance(values, dict):
         raise ConfigurationError(f"The recipe {path} must be a list of 'key: value' lines.")
-    return build(Recipe, apply_overrides(values, overrides), "recipe key")
+    values = apply_overrides(values, overrides)
+    if values.get("dataset"):
+        values.setdefault("image_folder", "")
+    return build(Recipe, values, "recipe key")

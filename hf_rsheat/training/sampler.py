@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, did_you_mean
 from .image_folder import Sample
 from .randomness import generator
-from .recipe import Recipe, did_you_mean
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,22 @@ class GlobalBatchSampler:
         weights: How often an epoch holds each sample, on average; once each if None. Of `n` samples with weight `w`
             there are `round(w n)`: whole copies of all, and of some, drawn per epoch, one more. The copies have indices
             of their own, `sample + copy * len(groups)`, and with them random draws of their own.
+        shards: Shard of every sample, and how many of them to mix at any moment: an epoch then passes over the shards
+            in an order of its own, so that each is needed for a while only. None shuffles all samples.
     """
 
     def __init__(
-        self, groups: Sequence[str], batch_size: int, seed: int, weights: Sequence[float] | None = None
+        self,
+        groups: Sequence[str],
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        shards: tuple[Sequence[int], int] | None = None,
     ) -> None:
         labels = np.asarray(groups)
         self._weights = None if weights is None else np.asarray(weights, dtype=float)
+        self._shards = None if shards is None else np.asarray(shards[0])
+        self._mixed = 0 if shards is None else shards[1]
         self._members = {str(name): np.flatnonzero(labels == name) for name in np.unique(labels)}
         self._batch_size = batch_size
         self._seed = seed
@@ -77,14 +86,34 @@ class GlobalBatchSampler:
     def _epoch_batches(self, epoch: int) -> list[tuple[str, np.ndarray]]:
         if self._cached[0] != epoch:
             rng = generator("order", self._seed, epoch)
+            place = self._places(rng)
             batches: list[tuple[str, np.ndarray]] = []
+            due: list[float] = []
             for group, members in self._members.items():
                 kept = members if self._kept is None else members[self._kept[members]]
                 order = rng.permutation(self._copies(kept, rng))
+                turns = None if place is None else self._turns(place[order % len(place)], place.max() + 1, rng)
+                if turns is not None:
+                    order, turns = order[np.argsort(turns)], np.sort(turns)
                 cuts = range(0, len(order), self._batch_size)
                 batches += [(group, order[start : start + self._batch_size]) for start in cuts]
-            self._cached = (epoch, [batches[i] for i in rng.permutation(len(batches))])
+                due += [0.0 if turns is None else float(turns[start]) for start in cuts]
+            shuffled = rng.permutation(len(batches)) if place is None else np.argsort(due, kind="stable")
+            self._cached = (epoch, [batches[i] for i in shuffled])
         return self._cached[1]
+
+    def _places(self, rng: np.random.Generator) -> np.ndarray | None:
+        """Place of every sample's shard in the random order of an epoch; None without shards."""
+        return None if self._shards is None else rng.permutation(self._shards.max() + 1)[self._shards]
+
+    def _turns(self, place: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+        """When samples are due, counted in shards from the begin of an epoch.
+
+        A sample of the p-th shard is due at random within `mixed / 2` of p: about `mixed` shards are in use at any
+        moment, and one ends where another begins.
+        """
+        half = self._mixed / 2
+        return rng.uniform(np.maximum(place - half, 0), np.minimum(place + 1 + half, number))
 
     def _copies(self, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The indices an epoch holds of some samples."""
@@ -138,8 +167,10 @@ class GlobalBatchSampler:
             yield from self.parts(step, rank, world_size, accumulation)
 
 
-def build_sampler(recipe: Recipe, samples: Sequence[Sample]) -> GlobalBatchSampler:
-    """The sampler of a recipe.
+def build_sampler(
+    recipe: Recipe, samples: Sequence[Sample], shards: tuple[Sequence[int], int] | None = None
+) -> GlobalBatchSampler:
+    """The sampler of a recipe; `shards` as there.
 
     Raises:
         ConfigurationError: If `mixture` names a folder without images, or leaves none.
@@ -151,7 +182,8 @@ def build_sampler(recipe: Recipe, samples: Sequence[Sample]) -> GlobalBatchSampl
             if name not in folders:
                 raise ConfigurationError(f"'mixture' names '{name}', where no image is: {did_you_mean(name, folders)}")
         weights = [float(recipe.mixture.get(folder, 1)) for folder in folders]
-    sampler = GlobalBatchSampler([sample.group for sample in samples], recipe.batch_size, recipe.seed, weights)
+    groups = [sample.group for sample in samples]
+    sampler = GlobalBatchSampler(groups, recipe.batch_size, recipe.seed, weights, shards)
     if not sampler.steps_per_epoch:
         raise ConfigurationError("'mixture' leaves no image: raise a weight.")
     return sampler

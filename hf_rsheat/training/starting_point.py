@@ -9,9 +9,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, ConfigurationError, did_you_mean
 from .checkpoint import load_weights
-from .recipe import Recipe, did_you_mean
+from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,14 @@
 """One optimiser step over all processes: the gradient of the global batch, divided by global counts."""
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from . import zero
 from .averaging import WeightAverage
 from .data import Batch, LoadedBatch
 from .environment import sum_over_processes
@@ -120,7 +121,7 @@ class Stepper:
         totals = torch.zeros(len(self.terms), device=accelerator.device)
         for part in parts:
             used = float(part.images > 0)  # a stand-in takes part without weight
-            with nullcontext() if part is parts[-1] else accelerator.no_sync(self.model):
+            with nullcontext() if part is parts[-1] else self._accumulating():
                 terms = self.objective.loss(self.model, to_device(part.batch, accelerator.device), step)
                 if not self.objective.counts_from_data:
                     local = [used * terms[term][1] if term in terms else 0.0 for term in self.terms]
@@ -136,6 +137,11 @@ class Stepper:
                 # Gradients are averaged over processes, but each has divided by the global count already.
                 accelerator.backward(loss * accelerator.num_processes)
         return totals, counts
+
+    def _accumulating(self) -> AbstractContextManager[None]:
+        if zero.active(self.accelerator):
+            return zero.accumulating(self.accelerator)
+        return self.accelerator.no_sync(self.model)
 
     def _importance(self, part: LoadedBatch, terms: Terms) -> torch.Tensor | float:
         """How much each image of a part counts in the gradient; notes their losses where these prune later epochs."""

@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import tempfile
+import traceback
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -13,8 +15,11 @@ import torch
 from PIL import Image
 
 from hf_rsheat.errors import DataError
-from hf_rsheat.training.image_folder import check_content, decode
+from hf_rsheat.training.data import BatchReader
+from hf_rsheat.training.image_folder import check_content, decode, image_paths
 from hf_rsheat.training.loop import train
+from hf_rsheat.training.objectives import get_objective
+from hf_rsheat.training.sampler import BatchPlan
 
 from .conftest import TINY_MODEL, read_log, write_image
 
@@ -124,6 +129,70 @@ def test_an_odd_but_sound_file_is_used_correctly(tmp_path, name):
         expected = np.rot90(expected, -1)
     difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).mean()
     assert difference < 10  # turned the wrong way, it would be 50
+
+
+def as_nobody(function):
+    """What a function returns in a process that may not read everything, even if this one may."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            os.write(writing, json.dumps(function()).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer)
+
+
+@pytest.fixture
+def shared_folder():
+    """One that everybody may enter; pytest's own are private."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_images_without_permission_are_left_out_with_the_reason(make_recipe, shared_folder):
+    for name in ("free/a.png", "free/secret.png", "closed/b.png"):
+        write_image(shared_folder / name, 0)
+    (shared_folder / "free" / "secret.png").chmod(0)
+    (shared_folder / "closed").chmod(0o444)  # its files are listed, but cannot be opened
+    model = {**TINY_MODEL, "modalities": {"optical": 3}}
+    objective = get_objective("rs_vheat")(make_recipe(image_folder=str(shared_folder), model=model))
+
+    def read():
+        loaded = BatchReader(shared_folder, objective.samples, objective, 0)[
+            BatchPlan(0, 0, 0, 1, "optical", (0, 1, 2))
+        ]
+        return loaded.images, loaded.skipped
+
+    reason = "cannot be read: {}Permission denied"
+    assert as_nobody(read) == [
+        1,
+        [["closed/b.png", reason.format("")], ["free/secret.png", reason.format("[Errno 13] ")]],
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_a_smaller_data_set(shared_folder):
+    for name in ("free/a.png", "closed/b.png"):
+        write_image(shared_folder / name, 0)
+    (shared_folder / "closed").chmod(0)
+
+    def scan():
+        with pytest.raises(DataError, match=r"Cannot list '.*closed': Permission denied\. Allow it"):
+            image_paths(shared_folder)
+        return True
+
+    assert as_nobody(scan)
 
 
 def make_folder(folder, total, broken):

@@ -58,19 +58,20 @@ def seconds_of_bare_loop(folder, rounds):
 
 
 def test_the_loader_reaches_four_fifths_of_a_bare_loop(photos):
-    """In processor time, interleaved, so that other programs do not matter."""
+    """In processor time, and by the median of neighbours, since what else the machine does changes that time too."""
     seconds_of_bare_loop(photos, 1)
-    bare = loader = 0.0
-    for _ in range(3):
-        bare += seconds_of_bare_loop(photos, 1)
+    rounds = []
+    for _ in range(25):
+        bare = seconds_of_bare_loop(photos, 1)
         reading = batches(photos, 224, 2, 32)
         begun = time.process_time()
         images = sum(loaded.images for loaded in reading)
-        loader += time.process_time() - begun
+        rounds.append((bare, time.process_time() - begun))
         assert images == 64
-    rates = f"bare loop {192 / bare:.0f} images/s, loader {192 / loader:.0f}, of processor time"
-    print(f"\n{rates}: {bare / loader:.2f}x")
-    assert bare / loader >= 0.8
+    bare, loader = np.median(rounds, axis=0)
+    ratio = np.median([before / after for before, after in rounds])
+    print(f"\nbare loop {64 / bare:.0f} images/s, loader {64 / loader:.0f}, of processor time: {ratio:.2f}x")
+    assert ratio >= 0.8
 
 
 def test_memory_stays_flat_over_20_000_samples(scenes):

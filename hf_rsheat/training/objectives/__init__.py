@@ -2,8 +2,7 @@
 
 from importlib import import_module
 
-from ...errors import ConfigurationError
-from ..recipe import did_you_mean
+from ...errors import ConfigurationError, did_you_mean
 from .base import Objective
 
 _OBJECTIVES = {

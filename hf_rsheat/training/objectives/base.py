@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,11 +13,13 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...errors import ConfigurationError
 from ..data import Batch
 from ..image_folder import DecodedSample, Sample
 from ..normalization import mean_image
 from ..randomness import generator
 from ..recipe import Recipe, build
+from ..sources import ImageSource, open_source
 
 Terms = dict[str, tuple[torch.Tensor, int]]
 """Per term the sum of its addends or the addends themselves, and their number."""
@@ -67,6 +70,8 @@ class Objective(ABC):
     """Whether `loss` returns every term as a vector with one addend per image, in batch order; pruning needs it."""
     reads_manifest: ClassVar[bool] = False
     """Whether the samples may come from the recipe's `manifest`."""
+    reads_dataset: ClassVar[bool] = False
+    """Whether the samples may come from the recipe's `dataset`."""
     watches_terms: ClassVar[bool] = False
     """Whether `observe` wants the means of every step; it costs a synchronisation with the device."""
 
@@ -81,11 +86,18 @@ class Objective(ABC):
     samples: list[Sample]
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
+        if recipe.dataset and not self.reads_dataset:
+            raise ConfigurationError(f"objective '{recipe.objective}' reads folders: set image_folder, not dataset.")
         self.recipe = recipe
         self.checkpoint = checkpoint
         self.options: Any = build(
             self.Options, recipe.objective_options, f"objective_options key of {recipe.objective}"
         )
+
+    @cached_property
+    def source(self) -> ImageSource:
+        """Where the images of the samples are."""
+        return open_source(self.recipe)
 
     @abstractmethod
     def build_model(self) -> PreTrainedModel:

@@ -25,8 +25,9 @@ from ...models.modeling_rs_vheat import RSVHeatForImageClassification
 from ...models.modeling_selective_mae import SelectiveMAEForImageClassification
 from ...models.modeling_vheat import VHeatForImageClassification
 from ..augmentation import Geometry
+from ..batching import stack
 from ..data import Batch
-from ..image_folder import DecodedSample, check_modalities, scan_classes
+from ..image_folder import DecodedSample, check_modalities
 from ..normalization import normalize, resolve_processor
 from ..recipe import Recipe
 from ..starting_point import resolve_config, resolve_model
@@ -67,6 +68,7 @@ class Classification(Objective):
 
     Options = ClassificationOptions
     addends_per_image = True
+    reads_dataset = True
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
         super().__init__(recipe, checkpoint)
@@ -75,9 +77,7 @@ class Classification(Objective):
         self.config = resolve_config(config_class, recipe, checkpoint)
         self._channels = sensor_channels(self.config)
         check_modalities(self._channels)
-        self.samples, classes = scan_classes(
-            Path(recipe.image_folder), find_modality(recipe, self.config, self._channels)
-        )
+        self.samples, classes = self.source.classes(find_modality(recipe, self.config, self._channels))
         self._name_classes(classes)
         self.processor = resolve_processor(processor_class, recipe, checkpoint, self._channels)
 
@@ -85,7 +85,7 @@ class Classification(Objective):
         names = dict(enumerate(classes))
         if self.checkpoint is not None and dict(self.config.id2label or {}) != names:
             raise ConfigurationError(
-                f"The checkpoint was trained on other classes than '{self.recipe.image_folder}' has: "
+                f"The checkpoint was trained on other classes than '{self.recipe.data_name}' has: "
                 "start a new run from it with model=FOLDER instead of resuming."
             )
         self.config.id2label = names
@@ -104,7 +104,7 @@ class Classification(Objective):
 
     def collate(self, samples: list[Batch]) -> Batch:
         return {
-            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+            "pixel_values": stack([sample["pixel_values"] for sample in samples]),
             "labels": torch.tensor([sample["label"] for sample in samples]),
             "modality": samples[0]["modality"],
         }

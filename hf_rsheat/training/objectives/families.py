@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from ...errors import ConfigurationError
-from ..recipe import Recipe, did_you_mean
+from ...errors import ConfigurationError, did_you_mean
+from ..recipe import Recipe
 from ..starting_point import stored_model_type
 
 

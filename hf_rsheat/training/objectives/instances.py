@@ -21,6 +21,7 @@ from ...models.configuration_rs4d_instances import RS4DInstanceConfig
 from ...models.image_checks import ImageFormatError
 from ...models.instance_targets import Instances, instance_label, resize_instances
 from ..augmentation import ScaleJitter
+from ..batching import stack
 from ..coco import CocoData, read_coco, same_name
 from ..coco_layouts import Split, find_layout
 from ..data import Batch
@@ -187,8 +188,8 @@ class InstanceSegmentation(Objective):
 
     def collate(self, samples: list[Batch]) -> Batch:
         return {
-            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-            "pixel_mask": torch.stack([sample["pixel_mask"] for sample in samples]),
+            "pixel_values": stack([sample["pixel_values"] for sample in samples]),
+            "pixel_mask": stack([sample["pixel_mask"] for sample in samples]),
             "labels": [sample["labels"] for sample in samples],
         }
 

@@ -15,6 +15,7 @@ from ...models.modeling_selective_mae import SelectiveMAEModel
 from ...models.selective_mae_layers import patchify, sincos_table
 from ...patch_figures import patch_views
 from ..augmentation import Geometry
+from ..batching import stack
 from ..data import Batch
 from ..image_folder import DecodedSample, check_modalities
 from ..manifest import find_scenes
@@ -50,6 +51,7 @@ class MAEPretraining(Objective):
     every_parameter_every_step = True
     addends_per_image = True
     reads_manifest = True
+    reads_dataset = True
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
         super().__init__(recipe, checkpoint)
@@ -66,7 +68,7 @@ class MAEPretraining(Objective):
         channels = {MODALITY: self.config.num_channels}
         check_modalities(channels)
         self.processor = resolve_processor(SelectiveMAEImageProcessor, recipe, checkpoint, channels)
-        self.samples = find_scenes(recipe, [MODALITY], MODALITY)
+        self.samples = find_scenes(recipe, self.source, [MODALITY], MODALITY)
         self._patch_size, self._side = patch_size, recipe.image_size // patch_size
 
     def build_model(self) -> PreTrainedModel:
@@ -90,7 +92,7 @@ class MAEPretraining(Objective):
         return {"pixel_values": normalize(self.processor, view, modality), "noise": noise}
 
     def collate(self, samples: list[Batch]) -> Batch:
-        return {name: torch.stack([sample[name] for sample in samples]) for name in ("pixel_values", "noise")}
+        return {name: stack([sample[name] for sample in samples]) for name in ("pixel_values", "noise")}
 
     @property
     def term_weights(self) -> dict[str, float]:

@@ -24,6 +24,7 @@ from ...models.modeling_rs_vheat import RSVHeatModel
 from ...models.modeling_selective_mae import SelectiveMAEModel
 from ...models.modeling_vheat import VHeatModel
 from ..augmentation import Geometry, Tone
+from ..batching import stack
 from ..checkpoint import load_weights
 from ..data import Batch
 from ..image_folder import DecodedSample, check_modalities, pair_up
@@ -88,6 +89,7 @@ class MomentumContrastPretraining(Objective):
     counts_from_data = False  # the keys of an accumulated part could not be told apart from those of the next
     addends_per_image = True
     reads_manifest = True
+    reads_dataset = True
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
         super().__init__(recipe, checkpoint)
@@ -99,7 +101,7 @@ class MomentumContrastPretraining(Objective):
         check_modalities(self._channels)
         default = find_modality(recipe, self.config, self._channels)
         self.processor = resolve_processor(processor_class, recipe, checkpoint, self._channels)
-        self.samples = pair_up(find_scenes(recipe, sorted(self._channels), default))
+        self.samples = pair_up(find_scenes(recipe, self.source, sorted(self._channels), default))
 
     def build_model(self) -> PreTrainedModel:
         options, start = self.options, None if self.checkpoint else self.recipe.pretrained
@@ -123,8 +125,8 @@ class MomentumContrastPretraining(Objective):
     def prepare(self, sample: DecodedSample, rng: np.random.Generator) -> Batch:
         first, *others = sample.images.items()
         sensors = (first, others[0] if others else first)
-        views = [self._view(modality, image, rng) for modality, image in sensors]
-        return {"views": views, "modalities": [modality for modality, _ in sensors]}
+        views = (self._view(modality, image, rng) for modality, image in sensors)
+        return {**dict(zip(("first", "second"), views, strict=True)), "modalities": [name for name, _ in sensors]}
 
     def _view(self, modality: str, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         options = self.options
@@ -133,8 +135,8 @@ class MomentumContrastPretraining(Objective):
         return tone.apply(normalize(self.processor, view, modality))
 
     def collate(self, samples: list[Batch]) -> Batch:
-        first, second = (torch.stack([sample["views"][i] for sample in samples]) for i in range(2))
-        return {"first": first, "second": second, "modalities": samples[0]["modalities"], "used": True}
+        views = {name: stack([sample[name] for sample in samples]) for name in ("first", "second")}
+        return {**views, "modalities": samples[0]["modalities"], "used": True}
 
     def stand_in(self, group: str) -> Batch:
         return {**super().stand_in(group), "used": False}

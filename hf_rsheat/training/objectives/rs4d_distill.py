@@ -21,6 +21,7 @@ from ...models.image_processing_rs4d import RS4DImageProcessor
 from ...models.input_corruption import corrupt
 from ...models.modeling_rs4d_distillation import RS4DForDistillation
 from ..augmentation import Geometry
+from ..batching import stack
 from ..data import Batch
 from ..distillation_schedule import AdaptiveState, CorruptionSchedule
 from ..feature_colours import false_colours
@@ -161,7 +162,7 @@ class RS4DDistillation(Objective):
         }
 
     def collate(self, samples: list[Batch]) -> Batch:
-        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return {name: stack([sample[name] for sample in samples]) for name in samples[0]}
 
     def stand_in(self, group: str) -> Batch:
         size = self.recipe.image_size

@@ -8,16 +8,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...errors import ConfigurationError
+from ...errors import ConfigurationError, did_you_mean
 from ...models.configuration_rs_vheat import RSVHeatConfig
 from ...models.image_processing_rs_vheat import RSVHeatImageProcessor
 from ...models.modeling_rs_vheat import RSVHeatForPreTraining
 from ..augmentation import Geometry
+from ..batching import stack
 from ..data import Batch
 from ..image_folder import DecodedSample, Sample, check_modalities, pair_up
 from ..manifest import find_scenes
 from ..normalization import denormalize, normalize, resolve_processor
-from ..recipe import Recipe, did_you_mean
+from ..recipe import Recipe
 from ..starting_point import resolve_config, resolve_model
 from .base import Objective, Terms
 
@@ -32,6 +33,7 @@ class RSVHeatPretraining(Objective):
     """
 
     reads_manifest = True
+    reads_dataset = True
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
         super().__init__(recipe, checkpoint)
@@ -48,7 +50,7 @@ class RSVHeatPretraining(Objective):
         default = self.recipe.modality or self.config.default_modality
         if default not in known:
             raise ConfigurationError(f"Unknown modality '{default}': {did_you_mean(default, known)}")
-        samples = pair_up(find_scenes(self.recipe, sorted(known), default))
+        samples = pair_up(find_scenes(self.recipe, self.source, sorted(known), default))
         for modality in known:
             if not any(modality == name for sample in samples for name, _ in sample.files):
                 logger.warning(
@@ -65,23 +67,24 @@ class RSVHeatPretraining(Objective):
 
     def prepare(self, sample: DecodedSample, rng: np.random.Generator) -> Batch:
         geometry = Geometry.draw(rng, self.options.crop_scale)
-        views = {
-            modality: normalize(self.processor, geometry.apply(image, self.recipe.image_size), modality)
+        views = [
+            normalize(self.processor, geometry.apply(image, self.recipe.image_size), modality)
             for modality, image in sample.images.items()
+        ]
+        return {
+            **dict(zip(("pixel_values", "paired_pixel_values"), views, strict=False)),
+            **dict(zip(("modality", "paired_modality"), sample.images, strict=False)),
+            "mask_radius": rng.uniform(*self.config.mask_radius_range),
         }
-        return {"views": views, "mask_radius": rng.uniform(*self.config.mask_radius_range)}
 
     def collate(self, samples: list[Batch]) -> Batch:
-        modality, *paired = samples[0]["views"]
-        batch: Batch = {
-            "pixel_values": torch.stack([sample["views"][modality] for sample in samples]),
-            "modality": modality,
+        first = samples[0]
+        views = [name for name in ("pixel_values", "paired_pixel_values") if name in first]
+        return {
+            **{name: stack([sample[name] for sample in samples]) for name in views},
+            **{name: first[name] for name in ("modality", "paired_modality") if name in first},
             "mask_radius": torch.tensor([sample["mask_radius"] for sample in samples], dtype=torch.float32),
         }
-        if paired:
-            batch["paired_pixel_values"] = torch.stack([sample["views"][paired[0]] for sample in samples])
-            batch["paired_modality"] = paired[0]
-        return batch
 
     @property
     def term_weights(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ from ...models.modeling_selective_mae import SelectiveMAEForPreTraining
 from ...models.token_selection import permutation_lengths, stage_at, token_counts
 from ...patch_figures import selective_mae_views
 from ..augmentation import Geometry
+from ..batching import stack
 from ..data import Batch
 from ..image_folder import DecodedSample, check_modalities
 from ..manifest import find_scenes
@@ -51,6 +52,7 @@ class SelectiveMAEPretraining(Objective):
     every_parameter_every_step = True
     addends_per_image = True
     reads_manifest = True
+    reads_dataset = True
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
         super().__init__(recipe, checkpoint)
@@ -60,7 +62,7 @@ class SelectiveMAEPretraining(Objective):
         channels = {MODALITY: self.config.num_channels}
         check_modalities(channels)
         self.processor = resolve_processor(SelectiveMAEImageProcessor, recipe, checkpoint, channels)
-        self.samples = find_scenes(recipe, [MODALITY], MODALITY)
+        self.samples = find_scenes(recipe, self.source, [MODALITY], MODALITY)
         rows, columns = self.config.grid(recipe.image_size, recipe.image_size)
         self._length = rows * columns
         try:
@@ -86,7 +88,7 @@ class SelectiveMAEPretraining(Objective):
         }
 
     def collate(self, samples: list[Batch]) -> Batch:
-        batch: Batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+        batch: Batch = {"pixel_values": stack([sample["pixel_values"] for sample in samples])}
         if self.config.criterion == "uniform":  # "hog" ranks tokens and draws neither
             for name in ("seed_ids", "reconstruct_choice"):
                 batch[name] = torch.from_numpy(np.stack([sample[name] for sample in samples]))

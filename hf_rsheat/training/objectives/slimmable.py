@@ -21,11 +21,12 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ...errors import did_you_mean
 from ...slimming.shells import Shells
 from ..data import Batch
 from ..image_folder import DecodedSample
 from ..randomness import generator
-from ..recipe import Recipe, did_you_mean
+from ..recipe import Recipe
 from .base import Objective, Terms
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Slimmable(Objective):
     """
 
     Options = SlimmableOptions
+    reads_dataset = True  # or the objective within refuses
 
     def __init__(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
         super().__init__(recipe, checkpoint)
@@ -96,6 +98,7 @@ class Slimmable(Objective):
         )
         self.inner = get_objective(options.objective)(wrapped, checkpoint)
         self.config, self.processor, self.samples = self.inner.config, self.inner.processor, self.inner.samples
+        self.source = self.inner.source
         self.counts_from_data = self.inner.counts_from_data  # type: ignore[misc]
         if options.distillation is None:
             options.distillation = 0.0 if _FEATURES[options.objective] is None else 0.5
