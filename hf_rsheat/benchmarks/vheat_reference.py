@@ -21,24 +21,27 @@ def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return norm(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2).contiguous()
 
 
-def _transform(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Both axes of `(batch, height, width, channels)`, each as a convolution of kernel 1."""
+def transform_of_original(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+    """DCT-II or its inverse over both axes of `(batch, height, width, channels)`, each a convolution of kernel 1."""
     batch, height, width, channels = x.shape
+    rows, columns = (cosine_basis(size, device=x.device) for size in (height, width))
+    if inverse:
+        rows, columns = rows.t().contiguous(), columns.t().contiguous()
     x = F.conv1d(x.contiguous().view(batch, height, -1), rows.unsqueeze(-1))
     x = F.conv1d(x.contiguous().view(-1, width, channels), columns.unsqueeze(-1))
     return x.contiguous().view(batch, height, width, channels)
 
 
-def _heat(operator: HeatConduction, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def heat_of_original(operator: HeatConduction, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The operator on `(batch, channels, height, width)` with the frequency embedding `(height, width, channels)`."""
     _, _, height, width = x.shape
     x = operator.depthwise_conv(x).permute(0, 2, 3, 1).contiguous()
     signal, gate = operator.in_proj(x).chunk(2, dim=-1)
-    rows, columns = (cosine_basis(size, device=x.device) for size in (height, width))
-    signal = _transform(signal, rows, columns)
+    signal = transform_of_original(signal)
     angles = [torch.linspace(0, math.pi, size + 1, device=x.device)[:-1] for size in (height, width)]
     decay = torch.exp(-(angles[0][:, None] ** 2 + angles[1][None, :] ** 2))
     signal = signal * torch.pow(decay[..., None], F.relu(operator.to_diffusivity(table)))
-    signal = _transform(signal, rows.t().contiguous(), columns.t().contiguous())
+    signal = transform_of_original(signal, inverse=True)
     x = operator.out_proj(operator.out_norm(signal) * F.silu(gate))
     return x.permute(0, 3, 1, 2).contiguous()
 
@@ -64,7 +67,7 @@ class ReferenceVHeat(nn.Module):
         self.model = model
 
     def _layer(self, layer: HeatLayer, x: torch.Tensor, stage: HeatStage) -> torch.Tensor:
-        x = x + _heat(layer.heat, _norm(layer.norm1, x), stage.frequency_embedding)
+        x = x + heat_of_original(layer.heat, _norm(layer.norm1, x), stage.frequency_embedding)
         return x + _mlp(layer, _norm(layer.norm2, x))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

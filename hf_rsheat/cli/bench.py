@@ -68,6 +68,33 @@ def _numbers(option: str, text: str) -> list[int]:
         raise typer.BadParameter(f"whole numbers with commas, got '{text}'.", param_hint=option) from error
 
 
+@app.command("heat")
+def bench_heat(
+    size: Annotated[str, typer.Option(help="Sides of the images in pixels, with commas; maps have a quarter.")] = "224",
+    batch: Annotated[str, typer.Option(help="Maps at once, with commas.")] = "1",
+    channels: Annotated[int, typer.Option(min=1, help="Of the map.")] = 96,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    memory: Annotated[bool, typer.Option(help="Also measure memory, one fresh process each.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="PNG of time against image size.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
+) -> None:
+    """The heat conduction operator alone, beside its restated original and an FFT; with the machine's limits."""
+    import json
+
+    from hf_rsheat.benchmarks import heat, report
+
+    sizes, batches = _numbers("--size", size), _numbers("--batch", batch)
+    result = heat.bench_heat(sizes, batches, channels=channels, threads=threads, repeats=repeats, memory=memory)
+    typer.echo(json.dumps(result, indent=2) if as_json else report.table(result))
+    if chart is not None:
+        report.chart(result, chart)
+    if check is not None:
+        lines = report.check(result, json.loads(check.read_text(encoding="utf-8")))
+        typer.echo("\n".join(["", "Beside the stored ratios:", *lines]), err=as_json)
+
+
 @app.command("scan")
 def bench_scan(
     batch: Annotated[int, typer.Option(min=1, help="Sequences; two directions of one image by default.")] = 2,
