@@ -1,8 +1,9 @@
 """`hf-rsheat bench`: measured speed and memory."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,9 +37,7 @@ def bench_backbone(
     check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
 ) -> None:
     """Whole backbones, ours and others', interleaved in one process."""
-    import json
-
-    from hf_rsheat.benchmarks import backbone, report
+    from hf_rsheat.benchmarks import backbone
 
     result = backbone.bench_backbone(
         models.split(","),
@@ -53,9 +52,23 @@ def bench_backbone(
         threads=threads,
         device=device,
     )
+    _show(result, as_json, chart, check)
+
+
+def _show(
+    result: dict[str, Any],
+    as_json: bool,
+    chart: Path | None,
+    check: Path | None,
+    draw: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    import json
+
+    from hf_rsheat.benchmarks import report
+
     typer.echo(json.dumps(result, indent=2) if as_json else report.table(result))
     if chart is not None:
-        report.chart(result, chart)
+        (draw or report.chart)(result, chart)
     if check is not None:
         lines = report.check(result, json.loads(check.read_text(encoding="utf-8")))
         typer.echo("\n".join(["", "Beside the stored ratios:", *lines]), err=as_json)
@@ -81,18 +94,11 @@ def bench_heat(
     check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
 ) -> None:
     """The heat conduction operator alone, beside its restated original and an FFT; with the machine's limits."""
-    import json
-
-    from hf_rsheat.benchmarks import heat, report
+    from hf_rsheat.benchmarks import heat
 
     sizes, batches = _numbers("--size", size), _numbers("--batch", batch)
     result = heat.bench_heat(sizes, batches, channels=channels, threads=threads, repeats=repeats, memory=memory)
-    typer.echo(json.dumps(result, indent=2) if as_json else report.table(result))
-    if chart is not None:
-        report.chart(result, chart)
-    if check is not None:
-        lines = report.check(result, json.loads(check.read_text(encoding="utf-8")))
-        typer.echo("\n".join(["", "Beside the stored ratios:", *lines]), err=as_json)
+    _show(result, as_json, chart, check)
 
 
 @app.command("scan")
@@ -136,9 +142,7 @@ def bench_instances(
 
     Two-stage detectors keep as many proposals and detections as published, whatever their scores; masks are not pasted.
     """
-    import json
-
-    from hf_rsheat.benchmarks import instances, report
+    from hf_rsheat.benchmarks import instances
 
     result = instances.bench_instances(
         models.split(","),
@@ -149,12 +153,7 @@ def bench_instances(
         threads=threads,
         device=device,
     )
-    typer.echo(json.dumps(result, indent=2) if as_json else report.table(result))
-    if chart is not None:
-        report.chart(result, chart)
-    if check is not None:
-        lines = report.check(result, json.loads(check.read_text(encoding="utf-8")))
-        typer.echo("\n".join(["", "Beside the stored ratios:", *lines]), err=as_json)
+    _show(result, as_json, chart, check)
 
 
 @app.command("pretraining")
@@ -190,9 +189,7 @@ def bench_slim(
     check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
 ) -> None:
     """Models cut to shares of their width, beside the full ones."""
-    import json
-
-    from hf_rsheat.benchmarks import report, slim
+    from hf_rsheat.benchmarks import slim
 
     try:
         shares = [float(part) for part in widths.split(",")]
@@ -208,9 +205,4 @@ def bench_slim(
         threads=threads,
         device=device,
     )
-    typer.echo(json.dumps(result, indent=2) if as_json else report.table(result))
-    if chart is not None:
-        slim.chart(result, chart)
-    if check is not None:
-        lines = report.check(result, json.loads(check.read_text(encoding="utf-8")))
-        typer.echo("\n".join(["", "Beside the stored ratios:", *lines]), err=as_json)
+    _show(result, as_json, chart, check, draw=slim.chart)
