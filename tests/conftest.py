@@ -23,3 +23,11 @@ def golden() -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def naps(monkeypatch) -> list[float]:
+    """How long the code would have slept; it does not."""
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    return slept

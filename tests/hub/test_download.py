@@ -20,13 +20,6 @@ GET = "GET /files/"
 
 
 @pytest.fixture
-def naps(monkeypatch) -> list[float]:
-    slept: list[float] = []
-    monkeypatch.setattr("time.sleep", slept.append)
-    return slept
-
-
-@pytest.fixture
 def hub(monkeypatch, naps):
     with HubDouble() as double:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

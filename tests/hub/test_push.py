@@ -39,14 +39,6 @@ def sharded(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def naps(monkeypatch) -> list[float]:
-    """Seconds that were slept, without sleeping."""
-    slept: list[float] = []
-    monkeypatch.setattr("time.sleep", slept.append)
-    return slept
-
-
-@pytest.fixture
 def hub(monkeypatch, naps):
     with HubDouble() as double:
         monkeypatch.setattr(constants, "ENDPOINT", double.url)

@@ -78,13 +78,6 @@ def _cache_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def naps(monkeypatch) -> list[float]:
-    slept: list[float] = []
-    monkeypatch.setattr("time.sleep", slept.append)
-    return slept
-
-
-@pytest.fixture
 def hub(monkeypatch, parquet, tars, images):
     with DatasetHub() as double:
         patch_hub(monkeypatch, double.url)
