@@ -25,7 +25,7 @@ class BackboneRun:
         batch: Images at once.
         dtype: "float32" or "bfloat16"; weights and images alike.
         compiled: Through `torch.compile`, default mode.
-        packed: Heat models with packed weights ([`HeatPreTrainedModel.pack_weights`]).
+        fused: Heat models fused ([`HeatPreTrainedModel.fuse`]).
         train: Forward and backward pass instead of inference.
         threads: Threads of PyTorch.
         device: "cpu" or "cuda".
@@ -35,7 +35,7 @@ class BackboneRun:
     batch: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     compiled: bool = False
-    packed: bool = False
+    fused: bool = False
     train: bool = False
     threads: int = 1
     device: str = "cpu"
@@ -104,8 +104,8 @@ def _images(run: BackboneRun) -> torch.Tensor:
 
 def _step(model: nn.Module, run: BackboneRun, images: torch.Tensor) -> Callable[[], Any]:
     model = model.to(run.device, images.dtype).train(run.train)
-    if run.packed and isinstance(model, HeatPreTrainedModel):
-        model.pack_weights()
+    if run.fused and isinstance(model, HeatPreTrainedModel):
+        model = model.fuse()
     forward = torch.compile(model) if run.compiled else model
     if not run.train:
 

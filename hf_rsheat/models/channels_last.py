@@ -18,14 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .packed_weights import halves, pack, packed
-
 # Values of an intermediate result that are best worked on in one go: 8 MiB in float32, about the last-level cache.
 VALUES_IN_CACHE = 2**21
 # oneDNN rewrites a convolution's weights into a layout of its own each time. Below this number of positions that takes
 # longer than the arithmetic.
 _FEW_POSITIONS = 128
-# Fewer rows than this MKL multiplies from the left just as fast.
+# Fewer rows than this MKL multiplies from the left just as fast, in float32.
 _ROWS_FOR_ONEDNN = 28
 _ONEDNN_TYPES = (torch.float32, torch.bfloat16)
 
@@ -58,6 +56,18 @@ def opaque(function: Callable[..., Any], shape: Callable[..., Any]) -> Callable[
     return operator
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether the module or a part of it has any (four times as fast as with `module.modules()`)."""
+    parts: list[nn.Module | None] = [module]
+    while parts:
+        part = parts.pop()
+        if part is not None:
+            if part._forward_hooks or part._forward_pre_hooks:
+                return True
+            parts.extend(part._modules.values())
+    return False
+
+
 class _Observed(threading.local):
     """Whether somebody looks at the intermediate results of what runs now in this thread."""
 
@@ -75,7 +85,7 @@ def respecting_hooks(module: nn.Module) -> Iterator[None]:
     Hooks then see, and may keep, whole and final tensors; inference is slower.
     """
     before = _observed.value
-    _observed.value = before or any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    _observed.value = before or has_forward_hooks(module)
     try:
         yield
     finally:
@@ -101,7 +111,7 @@ def is_plain(module: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d] = nn.Lin
 
 
 @lru_cache(maxsize=1)
-def _has_onednn_linear() -> bool:
+def has_onednn_linear() -> bool:
     """Whether PyTorch's oneDNN `linear`, an operator of its compiler's, is there and means what it meant."""
     if not torch.backends.mkldnn.is_available():
         return False
@@ -115,7 +125,7 @@ def _has_onednn_linear() -> bool:
 
 
 def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], "none")
 
 
 def linear(
@@ -128,8 +138,8 @@ def linear(
     exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # a graph for others should say what is meant
     on_cpu = plain and x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
     if on_cpu and not exported and x.dtype in _ONEDNN_TYPES:
-        if not is_tracing() and not torch.is_grad_enabled() and _has_onednn_linear():
-            return _onednn_linear(x, packed(weight), bias, activation)
+        if not is_tracing() and not torch.is_grad_enabled() and has_onednn_linear():
+            return _onednn_linear(x, weight, bias, activation)
         if x.dtype == torch.float32 and x.numel() >= _FEW_POSITIONS * x.shape[-1]:
             return _activated(_as_convolution(x, weight, bias), activation)
     return _activated(F.linear(x, weight, bias), activation)
@@ -173,8 +183,7 @@ def _linear_halves(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     biases = (None, None) if bias is None else bias.chunk(2)
-    weights = weight.chunk(2) if is_tracing() or torch.is_grad_enabled() else halves(weight)
-    first, second = (linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    first, second = (linear(x, w, b) for w, b in zip(weight.chunk(2), biases, strict=True))
     return first, second
 
 
@@ -186,19 +195,6 @@ def _shape_of_halves(
 
 
 _opaque_linear_halves = opaque(_linear_halves, _shape_of_halves)
-
-
-def pack_linear(module: nn.Linear, *, in_halves: bool = False) -> None:
-    """[`pack`] the weight of a linear map, unless it is hooked, adapted or quantised."""
-    if not is_plain(module):
-        return
-    weight = module.weight
-    if weight.device.type != "cpu" or weight.dtype not in _ONEDNN_TYPES or not _has_onednn_linear():
-        raise ValueError(
-            "Weights can be packed in float32 and bfloat16 on a CPU with oneDNN "
-            f"(torch.backends.mkldnn.is_available()); these are {weight.dtype} on {weight.device}."
-        )
-    pack(weight, in_halves=in_halves)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -225,11 +221,13 @@ def per_image_in_cache(function: Callable[[torch.Tensor], torch.Tensor], x: torc
     return function(x) if images >= len(x) else torch.cat([function(part) for part in x.split(images)])
 
 
-def strided_conv3x3(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+def strided_conv3x3(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A 3x3 convolution with stride 2 and padding 1 on `(batch, height, width, channels)`.
 
     Of small maps in inference as a matrix product of their 3x3 neighbourhoods.
     """
+    if not isinstance(conv, nn.Conv2d):
+        return conv(x)  # packed, and channels-last as it is
     if is_compiling_inference(x) and is_plain(conv, nn.Conv2d):
         return _opaque_strided_conv3x3(x, conv.weight, conv.bias)
     if is_tracing() or x.device.type != "cpu" or not overwritable(x):
@@ -245,10 +243,11 @@ def _strided_conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 
 def left_product(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`matrix @ x` of `(m, n)` and `(batch, n, columns)`, by oneDNN where it is faster: a single float32 matrix."""
-    if is_tracing() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+    """`matrix @ x` of `(m, n)` and `(batch, n, columns)`, by oneDNN where it is faster: for a single matrix."""
+    few_rows = x.dtype == torch.float32 and len(matrix) < _ROWS_FOR_ONEDNN
+    if is_tracing() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in _ONEDNN_TYPES:
         return torch.matmul(matrix, x)
-    if len(x) != 1 or len(matrix) < _ROWS_FOR_ONEDNN or not _has_onednn_linear():
+    if len(x) != 1 or few_rows or not has_onednn_linear():
         return torch.matmul(matrix, x)
     return _onednn_linear(matrix, x[0].T, None, "none")[None]
 

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .channels_last import (
@@ -34,7 +35,6 @@ from .channels_last import (
     opaque,
     overwritable,
 )
-from .packed_weights import OptimizerSteps
 
 # Values (not bytes) from which on a tensor derived from the weights is computed each time instead of being kept in eval
 # mode. In float32 this is 8 MiB per layer: everything up to 512 px in the published sizes, little of it at 1024 px.
@@ -70,17 +70,20 @@ def cosine_basis(
     return basis.to(dtype)
 
 
-@lru_cache(maxsize=64)
-def _cached_cosine_basis(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+@lru_cache(maxsize=128)
+def _cached_basis(size: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     # Outside inference mode, so that a later training step may save it for backward.
     with torch.inference_mode(False):
-        return cosine_basis(size, dtype=dtype, device=device)
+        basis = cosine_basis(size, dtype=dtype, device=device)
+        return basis.T.contiguous() if inverse else basis
 
 
-def _basis(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if is_tracing() or device.type == "meta":
-        return cosine_basis(size, dtype=dtype, device=device)
-    return _cached_cosine_basis(size, dtype, device)
+def _basis(x: torch.Tensor, axis: int, *, inverse: bool = False) -> torch.Tensor:
+    size = x.shape[axis]
+    if is_tracing() or x.is_meta:
+        basis = cosine_basis(size, dtype=x.dtype, device=x.device)
+        return basis.T if inverse else basis
+    return _cached_basis(size, inverse, x.dtype, x.device)
 
 
 def _along_width(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -96,14 +99,13 @@ def _along_height(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def dct2(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal 2-D DCT-II over height and width of `(batch, height, width, channels)`."""
     # Height first, and last in the inverse: of the four orders this one rounds closest to the original (golden tests).
-    x = _along_height(_basis(x.shape[1], x.dtype, x.device), x)
-    return _along_width(_basis(x.shape[2], x.dtype, x.device), x)
+    return _along_width(_basis(x, 2), _along_height(_basis(x, 1), x))
 
 
 def idct2(coefficients: torch.Tensor) -> torch.Tensor:
     """Inverse of [`dct2`], same shape."""
-    x = _along_width(_basis(coefficients.shape[2], coefficients.dtype, coefficients.device).T, coefficients)
-    return _along_height(_basis(x.shape[1], x.dtype, x.device).T, x)
+    x = _along_width(_basis(coefficients, 2, inverse=True), coefficients)
+    return _along_height(_basis(x, 1, inverse=True), x)
 
 
 def squared_frequencies(
@@ -147,6 +149,19 @@ def attenuated(coefficients: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
     return coefficients.mul_(decay) if overwritable(coefficients) else coefficients * decay
 
 
+class _OptimizerSteps:
+    """Counts optimiser steps in this process: fused optimisers change weights without bumping tensor versions."""
+
+    count = 0
+
+    @classmethod
+    def increment(cls, *_: object) -> None:
+        cls.count += 1
+
+
+register_optimizer_step_post_hook(_OptimizerSteps.increment)
+
+
 class DerivedTensorCache:
     """Keeps one tensor computed from weights, for as long as these weights are the same.
 
@@ -176,7 +191,7 @@ class DerivedTensorCache:
             return compute()
         if any(s.is_inference() or (s.requires_grad and torch.is_grad_enabled()) for s in sources):
             return compute()
-        state = (key, OptimizerSteps.count, tuple((weakref.ref(s), s._version) for s in sources))
+        state = (key, _OptimizerSteps.count, tuple((weakref.ref(s), s._version) for s in sources))
         if self._entry is not None and _same_state(self._entry[0], state):
             return self._entry[1]
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor would break a later training step
@@ -279,11 +294,11 @@ class HeatConduction(CachingModule):
         gate_and_signal = [*reversed(apply_linear_halves(self.in_proj, x))]
         del x
         # Popped: no name may keep the signal in memory while its coefficients are computed.
-        conducted = self._conduct(gate_and_signal, frequency_embedding)
+        conducted = self.conduct(gate_and_signal, frequency_embedding)
         return apply_linear(self.out_proj, gated(self.out_norm(conducted), gate_and_signal.pop()))
 
-    def _conduct(self, signal: list[torch.Tensor], table: torch.Tensor) -> torch.Tensor:
-        """Heat conduction of the last tensor of the list, which is taken from it."""
+    def conduct(self, signal: list[torch.Tensor], table: torch.Tensor) -> torch.Tensor:
+        """Heat conduction of the last tensor of the list, which is taken from it, under a frequency embedding."""
         sources = (table, self.to_diffusivity.weight, self.to_diffusivity.bias)
         if is_compiling_inference(signal[-1]):
             if is_plain(self.to_diffusivity) and not self.training:

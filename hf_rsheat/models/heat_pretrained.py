@@ -1,14 +1,16 @@
 """Base class of the heat models: initialisation and caches."""
 
+import copy
 import math
+from typing import Self
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .channels_last import pack_linear
-from .heat_conduction import CachingModule, HeatConduction
-from .heat_encoder import HeatLayer, HeatMLP, HeatStage, PointwiseConv
+from .fused_heat import check_fusable, fuse
+from .heat_conduction import CachingModule
+from .heat_encoder import HeatLayer, HeatStage, PointwiseConv
 from .input_channels import ChannelAdaptingModel
 
 
@@ -48,19 +50,17 @@ class HeatPreTrainedModel(ChannelAdaptingModel):
             if isinstance(module, CachingModule):
                 module.clear_cache()
 
-    def pack_weights(self) -> None:
-        """For faster inference on a CPU keep the linear maps' weights a second time, in blocks as oneDNN needs them.
+    def fuse(self) -> Self:
+        """An equivalent model for inference on this CPU, without gradients; this model stays as it is.
 
-        Nothing else changes; weights edited or moved later are used as before, until this is called again. Needs the
-        memory of the weights again. Hooked, adapted and quantised linear maps are left alone.
+        Same call, same outputs to rounding, for any batch and size. It cannot be trained, moved, saved, exported or
+        looked into with hooks: do that with this model. Its weights need as much memory as this model's.
 
         Raises:
-            ValueError: The weights are not float32 or bfloat16 on a CPU, or PyTorch lacks oneDNN.
+            ValueError: The weights are not float32 or bfloat16 on a CPU, or hooked, adapted or quantised; or PyTorch
+                lacks oneDNN.
         """
-        for module in self.modules():
-            if isinstance(module, HeatConduction):
-                pack_linear(module.in_proj, in_halves=True)
-                pack_linear(module.out_proj)
-            elif isinstance(module, HeatMLP):
-                pack_linear(module.fc1)
-                pack_linear(module.fc2)
+        check_fusable(self)
+        fused = copy.deepcopy(self).eval().requires_grad_(False)
+        fuse(fused)
+        return fused

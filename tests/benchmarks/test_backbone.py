@@ -121,7 +121,7 @@ def test_half_precision_is_measured_as_well():
     assert run["models"]["vheat-tiny"]["macs"] > 0
 
 
-def test_packed_weights_are_measured_as_well_and_named():
-    result = backbone.bench_backbone(["vheat-tiny"], [32], repeats=1, memory=False, packed=True)
-    assert result["runs"][0]["packed"]
-    assert "inference, float32, packed, cpu" in report.table(result)
+def test_fused_models_are_measured_as_well_and_named():
+    result = backbone.bench_backbone(["vheat-tiny"], [32], repeats=1, memory=False, fused=True)
+    assert result["runs"][0]["fused"]
+    assert "inference, float32, fused, cpu" in report.table(result)

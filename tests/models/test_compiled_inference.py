@@ -1,6 +1,5 @@
 """Compiled for inference on a CPU, heat models call our kernels as operators, and stay right in every way."""
 
-import gc
 import importlib
 import shutil
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_rsheat.models import channels_last, heat_conduction, packed_weights
+from hf_rsheat.models import channels_last, heat_conduction
 from hf_rsheat.models.configuration_rs_vheat import RSVHeatConfig
 from hf_rsheat.models.configuration_vheat import VHeatConfig
 from hf_rsheat.models.modeling_rs_vheat import RSVHeatModel
@@ -132,8 +131,7 @@ def test_operators_keep_the_promises_that_the_compiler_relies_on():
 
 def test_a_copy_of_the_file_registers_operators_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "copied_models").mkdir()
-    for module in (channels_last, packed_weights):
-        shutil.copy(Path(module.__file__), tmp_path / "copied_models")
+    shutil.copy(Path(channels_last.__file__), tmp_path / "copied_models")
     monkeypatch.syspath_prepend(tmp_path)
     copied = importlib.import_module("copied_models.channels_last")
     x, weight = torch.randn(4, 8), torch.randn(6, 8)
@@ -144,56 +142,5 @@ def test_a_copy_of_the_file_registers_operators_of_its_own(tmp_path, monkeypatch
             torch.testing.assert_close(actual, x @ weight.T, atol=1e-5, rtol=1e-5)
             assert recorder.operators == {"linear_" if module is copied else "linear"}
             torch._dynamo.reset()
-    for name in ("copied_models", "copied_models.channels_last", "copied_models.packed_weights"):
+    for name in ("copied_models", "copied_models.channels_last"):
         sys.modules.pop(name)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_packed_weights_give_the_same_features(dtype):
-    model, pixel_values = heat_model().to(dtype), torch.randn(2, 3, 64, 64, dtype=dtype)
-    plain = model(pixel_values).pooler_output
-    model.pack_weights()
-    mlp = model.encoder.stages[0].layers[0].mlp
-    assert packed_weights.packed(mlp.fc1.weight).is_mkldnn
-    close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
-    torch.testing.assert_close(model(pixel_values).pooler_output, plain, **close)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(pixel_values).pooler_output, plain, **close)
-    with torch.enable_grad():
-        torch.testing.assert_close(model(pixel_values).pooler_output, plain, **close)
-
-
-@torch.no_grad()
-def test_packed_weights_that_change_are_no_longer_used():
-    model, pixel_values = heat_model(), torch.randn(2, 3, 64, 64)
-    model.pack_weights()
-    layer = model.encoder.stages[0].layers[0]
-    changed = (layer.mlp.fc1.weight, layer.heat.in_proj.weight)
-    for weight in changed:
-        weight.mul_(2)
-    assert packed_weights.packed(changed[0]) is changed[0]
-    unpacked = heat_model()
-    unpacked.load_state_dict(model.state_dict())
-    torch.testing.assert_close(
-        model(pixel_values).pooler_output, unpacked(pixel_values).pooler_output, atol=1e-5, rtol=1e-4
-    )
-    model.to(torch.bfloat16)
-    assert torch.isfinite(model(pixel_values.bfloat16()).pooler_output).all()
-
-
-def test_packed_weights_end_with_their_model():
-    torch._dynamo.reset()
-    gc.collect()  # what earlier tests have left
-    before = len(packed_weights._blocks), len(packed_weights._halves)
-    model = heat_model()
-    model.pack_weights()
-    assert len(packed_weights._blocks) == before[0] + 2 * 5
-    del model
-    gc.collect()
-    assert (len(packed_weights._blocks), len(packed_weights._halves)) == before
-
-
-def test_weights_that_cannot_be_packed_are_refused():
-    with pytest.raises(ValueError, match="float64"):
-        heat_model().double().pack_weights()
