@@ -2,7 +2,8 @@
 
 Features are `(batch, channels, height, width)`; every LayerNorm and every heat operator copies them to channels-last
 and back; each DCT is a convolution of kernel 1 over one spatial axis; the decay is a power of a map, computed again
-in each call. The outputs are those of our model, whose weights it borrows.
+in each call. The outputs are those of our model, whose weights it borrows. In bfloat16, which the original refuses, its
+tables are cast.
 """
 
 import math
@@ -24,7 +25,7 @@ def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
 def transform_of_original(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
     """DCT-II or its inverse over both axes of `(batch, height, width, channels)`, each a convolution of kernel 1."""
     batch, height, width, channels = x.shape
-    rows, columns = (cosine_basis(size, device=x.device) for size in (height, width))
+    rows, columns = (cosine_basis(size, dtype=x.dtype, device=x.device) for size in (height, width))
     if inverse:
         rows, columns = rows.t().contiguous(), columns.t().contiguous()
     x = F.conv1d(x.contiguous().view(batch, height, -1), rows.unsqueeze(-1))
@@ -40,7 +41,7 @@ def heat_of_original(operator: HeatConduction, x: torch.Tensor, table: torch.Ten
     signal = transform_of_original(signal)
     angles = [torch.linspace(0, math.pi, size + 1, device=x.device)[:-1] for size in (height, width)]
     decay = torch.exp(-(angles[0][:, None] ** 2 + angles[1][None, :] ** 2))
-    signal = signal * torch.pow(decay[..., None], F.relu(operator.to_diffusivity(table)))
+    signal = signal * torch.pow(decay[..., None], F.relu(operator.to_diffusivity(table))).to(signal.dtype)
     signal = transform_of_original(signal, inverse=True)
     x = operator.out_proj(operator.out_norm(signal) * F.silu(gate))
     return x.permute(0, 3, 1, 2).contiguous()

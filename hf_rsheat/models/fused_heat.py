@@ -154,23 +154,45 @@ class FusedHeatLayer(nn.Module):
         heat_capacity: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`(batch, height, width, dim)` in and out; tables `(height, width, dim)`."""
-        x = per_image_in_cache(lambda part: self._add_heat(part, frequency_embedding, heat_capacity), hidden_states)
+        return per_image_in_cache(lambda x: self._forward(x, frequency_embedding, heat_capacity), hidden_states)
+
+    def _forward(self, x: torch.Tensor, table: torch.Tensor, heat_capacity: torch.Tensor | None) -> torch.Tensor:
+        y = self._mixed_with_neighbours(x, heat_capacity)
+        conducted = self._conduct([self.signal_proj(y)], table)
         tiles = math.ceil(x.numel() // x.shape[-1] * self.fc1.out_features / VALUES_IN_CACHE)
         if tiles <= 1:
-            return self._add_mlp(x)
-        for tile in x.flatten(0, 2).chunk(tiles):
-            tile.copy_(self._add_mlp(tile))
-        return x
+            return self._of_positions(conducted, y, x)
+        for tile in zip(*(each.flatten(0, 2).chunk(tiles) for each in (conducted, y, x)), strict=True):
+            tile[0].copy_(self._of_positions(*tile))
+        return conducted
 
-    def _add_heat(self, x: torch.Tensor, table: torch.Tensor, heat_capacity: torch.Tensor | None) -> torch.Tensor:
-        heat = self.heat
+    def _mixed_with_neighbours(self, x: torch.Tensor, heat_capacity: torch.Tensor | None) -> torch.Tensor:
+        """Up to the depthwise convolution; of large maps in bands of rows, which stay in the cache."""
+        _, height, width, channels = x.shape
+        rows = max(8, VALUES_IN_CACHE // (4 * width * channels))  # at most a quarter is computed twice
+        if rows >= height or len(x) > 1:
+            return self._depthwise(x, heat_capacity)
+        result = torch.empty_like(x)
+        for start in range(0, height, rows):
+            stop, top, bottom = min(height, start + rows), max(0, start - 1), min(height, start + rows + 1)
+            band = self._depthwise(x[:, top:bottom], None if heat_capacity is None else heat_capacity[top:bottom])
+            result[:, start:stop] = band[:, start - top : stop - top]
+        return result
+
+    def _depthwise(self, x: torch.Tensor, heat_capacity: torch.Tensor | None) -> torch.Tensor:
         y = x if self.post_norm else self.norm1(x)
-        if heat.correction_norm is not None:
-            y = heat.correction_norm(F.relu(y + heat_capacity, inplace=True))
-        y = heat.depthwise_conv(y)
-        gate = self.gate_proj(y, "swish")
-        y = heat.out_norm(self._conduct([self.signal_proj(y)], table)).mul_(gate)
-        return self.norm1(self.out_proj(y)).add_(x) if self.post_norm else self.out_proj.plus(y, x)
+        if self.heat.correction_norm is not None:
+            y = self.heat.correction_norm(F.relu(y + heat_capacity, inplace=True))
+        return self.heat.depthwise_conv(y)
+
+    def _of_positions(self, conducted: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The rest, which no longer mixes positions, `(..., dim)`: from the gate to the end of the MLP."""
+        y = self.heat.out_norm(conducted).mul_(self.gate_proj(y, "swish"))
+        if self.post_norm:
+            x = self.norm1(self.out_proj(y)).add_(x)
+            return self.norm2(self.fc2(self.fc1(x, "gelu"))).add_(x)
+        x = self.out_proj.plus(y, x)
+        return self.fc2.plus(self.fc1(self.norm2(x), "gelu"), x)
 
     def _conduct(self, signal: list[torch.Tensor], table: torch.Tensor) -> torch.Tensor:
         """As [`HeatConduction.conduct`]; bases and decay of the latest size are kept unless they are large."""
@@ -181,11 +203,6 @@ class FusedHeatLayer(nn.Module):
         if conduction is None or conduction.size != size:
             conduction = self._conduction = _Conduction(self.heat, table, size)
         return conduction(signal.pop())
-
-    def _add_mlp(self, x: torch.Tensor) -> torch.Tensor:
-        if self.post_norm:
-            return self.norm2(self.fc2(self.fc1(x, "gelu"))).add_(x)
-        return self.fc2.plus(self.fc1(self.norm2(x), "gelu"), x)
 
 
 class _FusedModule(nn.Module):
@@ -250,7 +267,8 @@ class FusedHeatEncoder(_FusedModule):
     def forward(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
         """As [`HeatEncoder.forward`]."""
         self.refuse_tracing()
-        return self.encoder(hidden_states)
+        with torch.autocast("cpu", enabled=False):  # packed weights have the type they have
+            return self.encoder(hidden_states)
 
 
 @torch.no_grad()

@@ -305,8 +305,7 @@ class HeatConduction(CachingModule):
                 return _opaque_conduct(signal.pop(), *sources, self.table_interpolation)
             height, width = signal[-1].shape[1:3]
             sources = (resize_table(table, height, width, self.table_interpolation), *sources[1:])
-        coefficients = dct2(signal.pop())
-        return idct2(_attenuated_by(coefficients, sources, None if self.training else self._decay_cache))
+        return _conducted(signal, sources, None if self.training else self._decay_cache)
 
 
 # Frequency embedding `(height, width, dim)`, and weight and bias of the linear that makes it the diffusivity.
@@ -328,20 +327,24 @@ def _decay(sources: _Sources, dtype: torch.dtype, cache: DerivedTensorCache | No
     return compute() if cache is None else cache.get(sources, (dtype, sources[0].device), compute)
 
 
-def _attenuated_by(coefficients: torch.Tensor, sources: _Sources, cache: DerivedTensorCache | None) -> torch.Tensor:
-    """Coefficients times the decay map; a map too large to be kept is made and used a few rows at a time."""
-    _, height, width, channels = coefficients.shape
-    in_rows = not is_tracing() and coefficients.device.type == "cpu" and overwritable(coefficients)
+def _conducted(signal: list[torch.Tensor], sources: _Sources, cache: DerivedTensorCache | None) -> torch.Tensor:
+    """Heat conduction of the last tensor of the list, which is taken from it."""
+    _, height, width, channels = signal[-1].shape
+    in_rows = not is_tracing() and signal[-1].device.type == "cpu" and overwritable(signal[-1])
     if not in_rows or height * width * channels < MAX_CACHED_VALUES:
-        return attenuated(coefficients, _decay(sources, coefficients.dtype, cache))
+        coefficients = dct2(signal.pop())
+        return idct2(attenuated(coefficients, _decay(sources, coefficients.dtype, cache)))
+    # A decay map too large to be kept is made, and all that happens along the width done, a few rows at a time.
+    x = _along_height(_basis(signal[-1], 1), signal.pop())
     table, weight, bias = sources
-    rows = max(1, VALUES_IN_CACHE // (width * channels))
-    frequencies = squared_frequencies(height, width, device=coefficients.device)
+    basis, inverse = _basis(x, 2), _basis(x, 2, inverse=True)
+    frequencies = squared_frequencies(height, width, device=x.device)
+    rows = max(1, VALUES_IN_CACHE // (4 * width * channels))
     for first in range(0, height, rows):
         part = slice(first, first + rows)
         decay = decay_map(_diffusivity(table[part], weight, bias), frequencies[part])
-        coefficients[:, part] *= decay.to(coefficients.dtype)
-    return coefficients
+        x[:, part] = _along_width(inverse, _along_width(basis, x[:, part]).mul_(decay.to(x.dtype)))
+    return _along_height(_basis(x, 1, inverse=True), x)
 
 
 def resize_table(table: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
@@ -368,7 +371,7 @@ def _conduct(
         stored = table
         table = cache.get((stored,), (height, width), lambda: resize_table(stored, height, width, interpolation))
     cache = _compiled_caches.setdefault(weight, DerivedTensorCache())
-    return idct2(_attenuated_by(dct2(x), (table, weight, bias), cache))
+    return _conducted([x], (table, weight, bias), cache)
 
 
 _opaque_conduct = opaque(_conduct, lambda x, table, weight, bias, interpolation: x.new_empty(x.shape))

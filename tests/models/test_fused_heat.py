@@ -99,6 +99,14 @@ def test_it_has_no_gradients_even_where_they_are_enabled():
 
 
 @torch.no_grad()
+def test_autocast_changes_nothing_inside():
+    fused, pixel_values = heat_model().fuse(), torch.randn(1, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = fused(pixel_values).last_hidden_state
+    torch.testing.assert_close(actual.float(), fused(pixel_values).last_hidden_state, atol=0.3, rtol=0.05)
+
+
+@torch.no_grad()
 def test_it_compiles():
     fused, pixel_values = heat_model().fuse(), torch.randn(1, 3, 64, 64)
     compiled = torch.compile(fused, backend="eager")
