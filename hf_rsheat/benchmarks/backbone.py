@@ -138,6 +138,7 @@ def measure_memory(name: str, run: BackboneRun) -> dict[str, float]:
         # Gradients belong to the weights: only what comes on top of both is the model's own.
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
+    del model  # of which a fused one is made
     return peak_memory(step, run.device)
 
 

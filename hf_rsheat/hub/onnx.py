@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError, MissingExtraError, VerificationError
+from ..models.fused_heat import is_fused
 from .export import load_folder
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,14 @@ def _pooling(cells: int, size: int, like: torch.Tensor) -> torch.Tensor:
     return inside.to(like.dtype) / (behind - first).to(like.dtype)
 
 
+def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy to run and to record: on the CPU, without gradients, and in float32, which every runtime computes in."""
+    if model.dtype != torch.float32:
+        name = str(model.dtype).removeprefix("torch.")
+        logger.warning("The weights are %s: the graph holds them, and computes, in float32.", name)
+    return copy.deepcopy(model).to("cpu", torch.float32).requires_grad_(False).eval()
+
+
 def _with_free_pools(model: PreTrainedModel) -> PreTrainedModel:
     """A model whose pools (UPerNet's) are written out; UPerNet keeps them in lists, so they stay the same modules."""
     if not any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.modules()):
@@ -72,7 +81,7 @@ class Exported:
     """What was written, and how to check it.
 
     Attributes:
-        model: What PyTorch computes: `(batch, channels, height, width)` to a dictionary of tensors.
+        model: What PyTorch computes in float32: `(batch, channels, height, width)` to a dictionary of tensors.
         program: The same as `torch.export` sees it, for any batch, height and width. RS4D's refuses numbers of patches
             that its scan pads otherwise than in the example; the ONNX graph takes all.
         shapes: Shapes of images that the file must be right for.
@@ -89,7 +98,8 @@ def export_onnx(
     """Write a model as ONNX, for any batch, height and width, and run it beside PyTorch.
 
     Args:
-        model: Backbone, plain model, classifier or UPerNet; put into eval mode.
+        model: Backbone, plain model, classifier or UPerNet, on any device; stays as it is. Weights in bfloat16 or
+            float16 are written in float32, with a warning.
         path: File to write.
         image_size: Side in pixels of the images that it is checked with; the config's if `None`.
         modality: Sensor of the images (RS-vHeat).
@@ -98,7 +108,8 @@ def export_onnx(
         Per output the largest difference from PyTorch's, as a share of its largest value.
 
     Raises:
-        ConfigurationError: A pretraining model, whose random masks have no place in a graph, or a detector.
+        ConfigurationError: A pretraining model, whose random masks have no place in a graph, a detector, or a fused
+            or quantised model.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed (extra `onnx`).
         VerificationError: The runtime's outputs are not PyTorch's.
     """
@@ -112,18 +123,13 @@ def write_onnx(
     model: PreTrainedModel, path: Path, *, image_size: int | None = None, modality: str | None = None
 ) -> Exported:
     """[`export_onnx`] without the check."""
-    kind = type(model).__name__
-    if "ForPreTraining" in kind or "ForDistillation" in kind:
-        raise ConfigurationError(
-            f"{kind} draws random masks: load the folder with AutoModel, or export a fine-tuned model."
-        )
-    if "ForInstanceSegmentation" in kind:
-        raise ConfigurationError(f"{kind} returns as many objects as it finds: export its backbone (model.backbone).")
+    _check_exportable(model)
     _require_onnx()
     options = {} if modality is None else {"modality": modality}
     config = getattr(model.config, "backbone_config", None) or model.config
     side, channels = image_size or _side(config), _channels(config, modality)
-    wrapped = _Outputs(model.requires_grad_(False), options).eval()
+    model = _in_float32(model)
+    wrapped = _Outputs(model, options).eval()
     # Unequal and odd multiples, so that no two dimensions are taken for one.
     example = {"pixel_values": torch.randn(2, channels, side, side + 32)}
     free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
@@ -149,6 +155,23 @@ def export_folder_onnx(folder: Path, path: Path, **options: Any) -> dict[str, fl
     """[`export_onnx`] of the model in a folder, as its config names it."""
     model, _ = load_folder(folder)
     return export_onnx(model, path, **options)
+
+
+def _check_exportable(model: PreTrainedModel) -> None:
+    kind = type(model).__name__
+    if "ForPreTraining" in kind or "ForDistillation" in kind:
+        raise ConfigurationError(
+            f"{kind} draws random masks: load the folder with AutoModel, or export a fine-tuned model."
+        )
+    if "ForInstanceSegmentation" in kind:
+        raise ConfigurationError(f"{kind} returns as many objects as it finds: export its backbone (model.backbone).")
+    if is_fused(model):
+        raise ConfigurationError("A fused model runs here only: export the model that it was made of.")
+    if any(type(parameter) is not nn.Parameter for parameter in model.parameters()):
+        raise ConfigurationError(
+            "Quantised weights cannot be exported: export the model that they were made of; onnxruntime and OpenVINO "
+            "have tools that quantise its graph."
+        )
 
 
 def _require_onnx() -> None:
@@ -196,7 +219,7 @@ def compare(
         path: The file that `run` runs.
 
     Returns:
-        Per output the largest difference, as a share of its largest value (or of 1).
+        Per output the largest difference, as a share of its largest value.
 
     Raises:
         VerificationError: It is more than `TOLERANCE`.
@@ -208,7 +231,7 @@ def compare(
         with torch.no_grad():
             expected = model(pixel_values)
         for (name, one), other in zip(expected.items(), run(pixel_values.numpy()), strict=True):
-            scale = max(1.0, one.abs().max().item())
+            scale = max(one.abs().max().item(), torch.finfo(one.dtype).tiny)
             difference = (one - torch.from_numpy(other)).abs().max().item() / scale
             worst[name] = max(worst.get(name, 0.0), difference)
     for name, difference in worst.items():

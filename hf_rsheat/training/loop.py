@@ -5,7 +5,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from .checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from .compilation import check_compiler, compile_parts, compiled_steps, uncompiled
 from .data import BatchReader, LoadedBatch, load_batches
 from .environment import agree_on_checkpoint, build_accelerator, start_trackers
 from .locking import run_lock
@@ -55,17 +56,20 @@ def train(recipe: Recipe, resume: bool | str | Path = False) -> Path:
         The exported Hub folder, `output_dir/hub`.
 
     Raises:
-        ConfigurationError: If the recipe cannot be run as it is, or `output_dir` holds another run.
+        ConfigurationError: If the recipe cannot be run as it is, or `output_dir` holds another run, or there is no
+            compiler for `torch_compile`.
         CheckpointError: If a checkpoint or the folder to start from does not fit.
         CheckpointWriteError: If a checkpoint cannot be written; the one before is intact.
         DataError: If no image can be used.
-        TrainingError: If the loss is not finite.
+        TrainingError: If the loss is not finite, or the model cannot be compiled.
         RunInUseError: If another process is writing to `output_dir`.
         RunInterrupted: After SIGTERM or SIGINT, when a checkpoint is saved.
     """
     objective_class = get_objective(recipe.objective)
     with run_lock(Path(recipe.output_dir)):
         accelerator = build_accelerator(recipe, objective_class)
+        if recipe.torch_compile:
+            check_compiler(accelerator.device)
         checkpoint = agree_on_checkpoint(recipe, resume, accelerator.is_main_process)
         objective = objective_class(recipe, checkpoint)
         check_objective(recipe, objective)
@@ -120,7 +124,7 @@ class _Run:
         if recipe.gradient_checkpointing:
             recompute_activations(self.bare_model)
         if recipe.torch_compile:
-            self.bare_model.compile()  # in place: the names of the weights stay
+            compile_parts(objective.compiled_parts(self.bare_model))
         self.bare_optimizer = build_optimizer(self.bare_model, recipe, accelerator.device)
         if zero.active(accelerator):
             zero.autocast_forward(self.bare_model, recipe, accelerator.device)
@@ -172,7 +176,7 @@ class _Run:
         self._describe()
         monitor = Monitor(accelerator, self.objective, recipe, self.first_step)
         try:
-            with monitor, StopRequest() as stop:
+            with compiled_steps() if recipe.torch_compile else nullcontext(), monitor, StopRequest() as stop:
                 self._train(monitor, stop)
             if accelerator.is_main_process:
                 best = self.selection.best
@@ -228,8 +232,11 @@ class _Run:
                 self._save(done)
 
     def _evaluate(self, done: int) -> None:
-        with nullcontext() if self.average is None else self.average.applied():
+        with nullcontext() if self.average is None else self.average.applied(), self._uncompiled():
             self.selection.measure(self.bare_model, done)
+
+    def _uncompiled(self) -> AbstractContextManager[None]:
+        return uncompiled() if self.recipe.torch_compile else nullcontext()
 
     def _stop(self, monitor: Monitor, done: int, status: int) -> None:
         monitor.flush()
@@ -240,7 +247,10 @@ class _Run:
 
     def _draw(self, done: int, part: LoadedBatch) -> None:
         batch = to_device(part.batch, self.accelerator.device)
-        write_picture(self.objective, self.bare_model, batch, self.output_dir, done, self.accelerator.is_main_process)
+        with self._uncompiled():
+            write_picture(
+                self.objective, self.bare_model, batch, self.output_dir, done, self.accelerator.is_main_process
+            )
 
     def _batches(self) -> Iterator[LoadedBatch]:
         recipe, accelerator = self.recipe, self.accelerator

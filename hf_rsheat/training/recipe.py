@@ -108,8 +108,8 @@ class Recipe:
         mixed_precision: `no`, `bf16` or `fp16`.
         ema_decay: Decay of an exponential moving average of the weights, e.g. 0.9999; the exported folder then holds
             the average, checkpoints hold both. None for no average.
-        torch_compile: Compile the model with `torch.compile`. Faster on a GPU; the last bits of a loss differ from a
-            run without it.
+        torch_compile: Compute training steps through `torch.compile` (inductor; on a CPU it needs a C++ compiler). The
+            last bits of a loss differ from a run without it; what is drawn is the same.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         logging_steps: Steps between writes of the log (which holds every step), progress bar and trackers.
         picture_steps: Steps between pictures of input, what the model saw of it, and what it made of it, in

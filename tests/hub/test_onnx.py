@@ -1,21 +1,21 @@
 """`hf-rsheat export --format onnx` writes a file that computes what PyTorch computes, at other batches and sizes."""
 
+import copy
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hf_rsheat.errors import ConfigurationError, MissingExtraError, VerificationError
 from hf_rsheat.hub import onnx as hub_onnx
-from hf_rsheat.hub.onnx import TOLERANCE, export_onnx
-from tests.zoo import ZOO
+from hf_rsheat.hub.onnx import TOLERANCE, compare, export_onnx, write_onnx
+from tests.hub.graphs import GRAPHS, lively
+from tests.zoo import ZOO, main_output
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-PRETRAINING = [name for name in ZOO if "pretraining" in name or "distillation" in name]
-EXPORTED = [name for name in ZOO if name not in PRETRAINING and "instances" not in name]
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +27,19 @@ def _quiet():
 def test_a_heat_classifier_runs_with_any_batch_height_and_width(tmp_path):
     import onnxruntime
 
-    model = ZOO["vheat-classifier"].model()
-    differences = export_onnx(model, tmp_path / "model.onnx")
-    assert set(differences) == {"logits"}
-    assert differences["logits"] < TOLERANCE
+    model = lively("vheat-classifier")
+    exported = write_onnx(model, tmp_path / "model.onnx")
+    program = exported.program.module()
+
+    def run(images):
+        return [program(pixel_values=torch.from_numpy(images))["logits"].numpy()]
+
+    for differences in (
+        hub_onnx._compare(exported.model, tmp_path / "model.onnx", exported.shapes),
+        compare(exported.model, run, exported.shapes, tmp_path),
+    ):
+        assert set(differences) == {"logits"}
+        assert differences["logits"] < TOLERANCE
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     for shape in [(1, 3, 64, 64), (4, 3, 33, 101)]:
         pixel_values = torch.randn(shape)
@@ -52,7 +61,7 @@ def test_pools_are_written_out_in_a_copy_only():
     free = hub_onnx._with_free_pools(model)
     with torch.no_grad():
         torch.testing.assert_close(free(pixel_values).logits, model(pixel_values).logits, atol=1e-5, rtol=1e-4)
-    pools = [[m for m in each.modules() if isinstance(m, torch.nn.AdaptiveAvgPool2d)] for each in (model, free)]
+    pools = [[m for m in each.modules() if isinstance(m, nn.AdaptiveAvgPool2d)] for each in (model, free)]
     assert [["forward" in vars(pool) for pool in each] for each in pools] == [[False] * 4, [True] * 4]
 
 
@@ -70,15 +79,38 @@ def test_a_program_of_selective_mae_is_for_any_size():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", GRAPHS)
 def test_every_model_runs_in_onnxruntime(name, tmp_path):
-    differences = export_onnx(ZOO[name].model(), tmp_path / "model.onnx")
+    differences = export_onnx(lively(name), tmp_path / "model.onnx")
     assert differences
     assert max(differences.values()) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", GRAPHS)
+def test_outputs_of_the_models_tell_images_apart(name):
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = main_output(ZOO[name], lively(name)(images))
+    assert output.std(0).max() > 0.05 * output.abs().max()
+
+
+def test_weights_in_bfloat16_are_written_in_float32_and_the_model_stays_as_it_is(tmp_path, caplog):
+    import onnxruntime
+
+    model = lively("selective-mae-classifier").to(torch.bfloat16).train()
+    expected = copy.deepcopy(model).float().eval()
+    assert export_onnx(model, tmp_path / "model.onnx")["logits"] < TOLERANCE
+    assert "bfloat16: the graph holds them, and computes, in float32" in caplog.text
+    assert model.training
+    assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+    session, pixel_values = onnxruntime.InferenceSession(str(tmp_path / "model.onnx")), torch.randn(2, 3, 64, 64)
+    (logits,) = session.run(None, {"pixel_values": pixel_values.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), expected(pixel_values).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_a_file_that_computes_something_else_is_refused(tmp_path):
-    class Mean(torch.nn.Module):
+    class Mean(nn.Module):
         def forward(self, pixel_values):
             return {"mean": pixel_values.mean((2, 3))}
 
@@ -102,6 +134,22 @@ def test_pretraining_models_detectors_and_unknown_sensors_are_refused_before_any
     with pytest.raises(ConfigurationError, match="thermal"):
         export_onnx(ZOO["rs-vheat"].model(), tmp_path / "model.onnx", modality="thermal")
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_fused_models_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="made of"):
+        export_onnx(ZOO["vheat"].model().fuse(), tmp_path / "model.onnx")
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    class EightBit(nn.Parameter):
+        """A tensor subclass, as torchao's."""
+
+    model = ZOO["selective-mae"].model()
+    linear = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    linear.weight = EightBit(linear.weight.detach())
+    with pytest.raises(ConfigurationError, match="made of"):
+        export_onnx(model, tmp_path / "model.onnx")
 
 
 def test_without_the_extra_the_message_names_it(tmp_path, monkeypatch):

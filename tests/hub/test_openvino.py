@@ -9,13 +9,14 @@ import torch
 from hf_rsheat.errors import ConfigurationError, MissingExtraError
 from hf_rsheat.hub.onnx import TOLERANCE
 from hf_rsheat.hub.openvino import export_openvino
+from tests.hub.graphs import lively
 from tests.zoo import ZOO
 
 
 def test_a_heat_classifier_runs_with_any_batch_height_and_width(tmp_path):
     openvino = pytest.importorskip("openvino")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    model = ZOO["vheat-classifier"].model()
+    model = lively("vheat-classifier")
     differences = export_openvino(model, tmp_path / "model.xml")
     assert set(differences) == {"logits"}
     assert differences["logits"] < TOLERANCE

@@ -356,7 +356,7 @@ def test_precision_and_checkpointing_run_and_export_float32(make_recipe, changes
 def test_a_compiled_run_follows_the_plain_one_and_continues_without_compiling(make_recipe, tmp_path, monkeypatch):
     """Traced and differentiated ahead of time, as for any backend, but run with PyTorch's own kernels."""
     compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled(self, backend="aot_eager"))
     settings = {"max_steps": 4, "save_steps": 2, "model": {**TINY_MODEL, "drop_path_rate": 0.0}}
     plain = make_recipe(**settings, output_dir=str(tmp_path / "plain"))
     train(plain)

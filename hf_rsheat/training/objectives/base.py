@@ -103,6 +103,10 @@ class Objective(ABC):
     def build_model(self) -> PreTrainedModel:
         """The model to train, in float32."""
 
+    def compiled_parts(self, model: PreTrainedModel) -> list[nn.Module]:
+        """What `torch_compile` compiles: the model, or the parts of it whose shapes follow from those of the batch."""
+        return [model]
+
     def exported(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model that the Hub folder at the end holds, made of the trained one."""
         return model

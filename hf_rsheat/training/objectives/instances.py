@@ -154,6 +154,10 @@ class InstanceSegmentation(Objective):
             model.backbone.requires_grad_(False)
         return model
 
+    def compiled_parts(self, model: PreTrainedModel) -> list[nn.Module]:
+        """Backbone and neck; the heads see another number of objects in every batch, and would never stop compiling."""
+        return [model.backbone, model.neck]
+
     def card_context(self, context: dict[str, Any]) -> dict[str, Any]:
         paths = ("annotations", "images", "eval_annotations", "eval_images", "sam")
         options = context["recipe"]["objective_options"]

@@ -180,8 +180,10 @@ class RS4DDistillation(Objective):
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Terms:
         strength = self.options.strength(step / max(1, self.recipe.max_steps - 1), self._state)
         ratios = {"noise_ratio": strength * self.options.noise_ratio, "mask_ratio": strength * self.options.mask_ratio}
-        draws = {name: batch[name] for name in ("noise", "mask_order")}
-        output = model(batch["pixel_values"], teacher_features=self._target(batch), **draws, **ratios)
+        # Noised and masked here and not by the model, which torch.compile would compile anew for every ratio.
+        draws = (batch["noise"], batch["mask_order"])
+        seen = corrupt(batch["pixel_values"], *draws, *ratios.values(), self.config.patch_size)
+        output = model(seen, teacher_features=self._target(batch))
         losses, images = output.loss_per_image, len(batch["pixel_values"])
         return {
             "l1": (losses, images),

@@ -13,7 +13,7 @@ from ...errors import ConfigurationError
 from ...models.configuration_selective_mae import SelectiveMAEConfig
 from ...models.image_processing_selective_mae import SelectiveMAEImageProcessor
 from ...models.modeling_selective_mae import SelectiveMAEForPreTraining
-from ...models.token_selection import permutation_lengths, stage_at, token_counts
+from ...models.token_selection import SelectionStage, permutation_lengths, stage_at, token_counts
 from ...patch_figures import selective_mae_views
 from ..augmentation import Geometry
 from ..batching import stack
@@ -69,6 +69,7 @@ class SelectiveMAEPretraining(Objective):
             self._counts = token_counts(self._length, 1 - self.config.mask_ratio, self.config.kept_mask_ratio)
         except ValueError as error:
             raise ConfigurationError(f"Invalid model for images of {recipe.image_size} px: {error}") from error
+        self._progress: dict[tuple, float] = {}
 
     def build_model(self) -> PreTrainedModel:
         return resolve_model(SelectiveMAEForPreTraining, self.config, self.recipe, self.checkpoint)
@@ -102,7 +103,7 @@ class SelectiveMAEPretraining(Objective):
         return {"reconstruction": len(batch["pixel_values"])}
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Terms:
-        progress = min(1.0, step / self.recipe.max_steps)
+        progress = self._representative(min(1.0, step / self.recipe.max_steps))
         output = model(**batch, progress=progress, permutations=self._permutations(progress, step))
         return {"reconstruction": (output.loss_per_image, len(output.loss_per_image))}
 
@@ -112,9 +113,21 @@ class SelectiveMAEPretraining(Objective):
         shown = (batch["pixel_values"], views.encoded, views.restored)
         return [denormalize(self.processor, view, MODALITY) for view in shown]
 
+    def _stage(self, progress: float) -> SelectionStage:
+        total = self.config.total_epochs
+        return stage_at(progress * total, total, self.config.smooth_epochs)
+
+    def _representative(self, progress: float) -> float:
+        """The first share of training at which tokens were chosen just as at this one.
+
+        There are few ways to choose, and `torch.compile` would compile the model anew for every other number.
+        """
+        stage = self._stage(progress)
+        way = (stage.phase, *(int(stage.share * number) for number in self._counts.rounds))
+        return self._progress.setdefault(way, progress)
+
     def _permutations(self, progress: float, step: int) -> list[torch.Tensor]:
         """The permutations that all images of a step share, on every process."""
-        total = self.config.total_epochs
-        stage = stage_at(progress * total, total, self.config.smooth_epochs)
         rng = generator("permutations", self.recipe.seed, step)
-        return [torch.from_numpy(rng.permutation(n)) for n in permutation_lengths(self._length, self._counts, stage)]
+        lengths = permutation_lengths(self._length, self._counts, self._stage(progress))
+        return [torch.from_numpy(rng.permutation(n)) for n in lengths]
