@@ -5,6 +5,7 @@ them; activations and residuals belong to the matrix product before them.
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -286,8 +287,10 @@ def check_fusable(model: nn.Module) -> None:
     """Raises a `ValueError`, which says what to do, if something in the model cannot be fused."""
     if is_fused(model):
         raise ValueError("The model is fused already.")
-    if not has_onednn_linear():
-        raise ValueError("Fused models need PyTorch with oneDNN (torch.backends.mkldnn.is_available()).")
+    if not _has_packed_operators():
+        raise ValueError(
+            "Fused models need a PyTorch whose oneDNN operators for packed weights work as in PyTorch 2.15."
+        )
     for parameter in model.parameters():
         if parameter.device.type != "cpu" or parameter.dtype not in _TYPES:
             raise ValueError(
@@ -300,6 +303,24 @@ def check_fusable(model: nn.Module) -> None:
             raise ValueError(
                 "A model with hooks, adapters or quantised weights cannot be fused: remove or merge them first."
             )
+
+
+@lru_cache(maxsize=1)
+@torch.no_grad()
+def _has_packed_operators() -> bool:
+    """Whether the operators, which are those of PyTorch's compiler, are there and mean what they meant."""
+    if not has_onednn_linear():
+        return False
+    with torch.random.fork_rng(devices=[]):
+        linear, conv = nn.Linear(16, 32), nn.Conv2d(16, 32, 3, stride=2, padding=1)
+    x, residual = torch.arange(-72.0, 72.0).view(1, 3, 3, 16) / 72, torch.ones(1, 3, 3, 32)
+    expected = [F.silu(linear(x)), linear(x) + 1, conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)]
+    try:
+        packed = PackedLinear(linear.weight, linear.bias)
+        actual = [packed(x, "swish"), packed.plus(x, residual), PackedConv3x3(conv)(x)]
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return all(torch.allclose(*pair, atol=1e-5) for pair in zip(actual, expected, strict=True))
 
 
 def _maps(module: nn.Module) -> list[nn.Module]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_rsheat.models import fused_heat
 from hf_rsheat.models.fused_heat import FusedHeatEncoder, is_fused
 from hf_rsheat.models.modeling_rs_vheat import RSVHeatModel
 from hf_rsheat.models.modeling_vheat import VHeatBackbone, VHeatForImageClassification, VHeatModel
@@ -147,3 +148,12 @@ def test_models_that_cannot_be_fused_say_what_to_do():
     adapted.encoder.stages[0].layers[0].mlp.fc1 = nn.Sequential(nn.Linear(16, 64))
     with pytest.raises(ValueError, match="adapters"):
         adapted.fuse()
+
+
+def test_operators_that_changed_their_meaning_are_not_used(monkeypatch):
+    assert fused_heat._has_packed_operators.__wrapped__()
+    monkeypatch.setattr(fused_heat.PackedLinear, "plus", lambda self, x, residual: self(x))
+    assert not fused_heat._has_packed_operators.__wrapped__()
+    monkeypatch.setattr(fused_heat, "_has_packed_operators", lambda: False)
+    with pytest.raises(ValueError, match="oneDNN"):
+        heat_model().fuse()
