@@ -15,6 +15,8 @@ from . import contestants
 from .macs import count_macs
 from .measure import conditions, in_fresh_process, load, peak_memory, summary, take_turns
 
+FUSED = "+fused"
+
 
 @dataclass(frozen=True)
 class BackboneRun:
@@ -25,7 +27,6 @@ class BackboneRun:
         batch: Images at once.
         dtype: "float32" or "bfloat16"; weights and images alike.
         compiled: Through `torch.compile`, default mode.
-        fused: Heat models fused ([`HeatPreTrainedModel.fuse`]).
         train: Forward and backward pass instead of inference.
         threads: Threads of PyTorch.
         device: "cpu" or "cuda".
@@ -35,7 +36,6 @@ class BackboneRun:
     batch: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     compiled: bool = False
-    fused: bool = False
     train: bool = False
     threads: int = 1
     device: str = "cpu"
@@ -60,7 +60,8 @@ def bench_backbone(
     """Every model at every size and batch.
 
     Args:
-        models: Names of [`contestants.names`] or `timm:<model>`; ratios are to the first.
+        models: Names of [`contestants.names`] or `timm:<model>`; ratios are to the first. `<name>+fused` is a heat
+            model after `fuse()`, for inference on a CPU.
         sizes: Sides of the images in pixels.
         batches: Images at once.
         repeats: Timed rounds, after one that is not timed.
@@ -88,10 +89,10 @@ def bench_backbone(
 
 
 def _contest(models: list[str], run: BackboneRun, repeats: int) -> dict[str, dict[str, float]]:
-    built = {name: contestants.build(name, run.image_size) for name in models}
+    built = {name: contestants.build(name.removesuffix(FUSED), run.image_size) for name in models}
     images = _images(run)
     counted = {name: (sum(p.numel() for p in m.parameters()), count_macs(m, images)) for name, m in built.items()}
-    steps = {name: _step(model, run, images) for name, model in built.items()}
+    steps = {name: _step(name, model, run, images) for name, model in built.items()}
     rows = summary(take_turns(steps, repeats, device=run.device))
     return {name: {**row, "parameters": counted[name][0], "macs": counted[name][1]} for name, row in rows.items()}
 
@@ -102,9 +103,11 @@ def _images(run: BackboneRun) -> torch.Tensor:
     return images.to(run.device, getattr(torch, run.dtype))
 
 
-def _step(model: nn.Module, run: BackboneRun, images: torch.Tensor) -> Callable[[], Any]:
+def _step(name: str, model: nn.Module, run: BackboneRun, images: torch.Tensor) -> Callable[[], Any]:
     model = model.to(run.device, images.dtype).train(run.train)
-    if run.fused and isinstance(model, HeatPreTrainedModel):
+    if name.endswith(FUSED):
+        if run.train or not isinstance(model, HeatPreTrainedModel):
+            raise ConfigurationError(f"{name}: only vHeat and RS-vHeat can be fused, and only for inference.")
         model = model.fuse()
     forward = torch.compile(model) if run.compiled else model
     if not run.train:
@@ -132,8 +135,8 @@ def _final(output: Any) -> torch.Tensor:
 def measure_memory(name: str, run: BackboneRun) -> dict[str, float]:
     """Peak memory of one pass; only meaningful in a fresh process."""
     torch.set_num_threads(run.threads)
-    model = contestants.build(name, run.image_size)
-    step = _step(model, run, _images(run))
+    model = contestants.build(name.removesuffix(FUSED), run.image_size)
+    step = _step(name, model, run, _images(run))
     if run.train:
         # Gradients belong to the weights: only what comes on top of both is the model's own.
         for parameter in model.parameters():

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import BenchmarkError, MissingExtraError
 
 _HEADER = ("min ms", "median", "ratio", "M par.", "GMAC", "GMAC/s", "MB", "total MB")
-_SETTINGS = ("image_size", "batch", "dtype", "compiled", "fused", "train", "device")
+_SETTINGS = ("image_size", "batch", "dtype", "compiled", "train", "device")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -21,7 +21,7 @@ def table(result: dict[str, Any]) -> str:
     lines += result.get("notes", [])
     for run in result["runs"]:
         kind = "training step" if run["train"] else "inference"
-        how = [kind, run["dtype"], *(name for name in ("compiled", "fused") if run.get(name)), run["device"]]
+        how = [kind, run["dtype"], *(["compiled"] if run["compiled"] else []), run["device"]]
         lines += ["", f"{run['image_size']} px, batch {run['batch']}, {', '.join(how)}", _line("", _HEADER)]
         lines += [_line(name, _cells(row)) for name, row in run["models"].items()]
     exponents = growth(result)
@@ -107,4 +107,4 @@ def check(result: dict[str, Any], stored: dict[str, Any], tolerance: float = 0.1
 
 
 def _key(run: dict[str, Any]) -> tuple:
-    return tuple(run.get(name, False) for name in _SETTINGS)  # older results have no "fused"
+    return tuple(run[name] for name in _SETTINGS)

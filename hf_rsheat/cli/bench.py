@@ -20,13 +20,15 @@ class Precision(StrEnum):
 @app.command("backbone")
 def bench_backbone(
     models: Annotated[
-        str, typer.Option(help="Names with commas, ratios to the first; `timm:<model>` for timm's.")
+        str,
+        typer.Option(
+            help="Names with commas, ratios to the first; `timm:<model>` for timm's, `<name>+fused` for fused."
+        ),
     ] = "convnext-tiny,swin-tiny,vheat-tiny",
     size: Annotated[str, typer.Option(help="Sides of the images in pixels, with commas.")] = "224",
     batch: Annotated[str, typer.Option(help="Images at once, with commas.")] = "1",
     dtype: Annotated[Precision, typer.Option(help="Type of weights and images.")] = Precision.FLOAT32,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
-    fused: Annotated[bool, typer.Option("--fused", help="Heat models fused for inference on a CPU.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Forward and backward pass instead of inference.")] = False,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
@@ -47,7 +49,6 @@ def bench_backbone(
         memory=memory,
         dtype=dtype.value,
         compiled=compiled,
-        fused=fused,
         train=train,
         threads=threads,
         device=device,

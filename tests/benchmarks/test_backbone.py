@@ -82,7 +82,7 @@ def test_a_chart_is_drawn(result, tmp_path):
 def test_a_training_step_reaches_all_weights_and_memory_counts_what_it_keeps():
     run = backbone.BackboneRun(image_size=32, train=True)
     model = contestants.build("vheat-tiny", 32)
-    backbone._step(model, run, backbone._images(run))()
+    backbone._step("vheat-tiny", model, run, backbone._images(run))()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     peaks = backbone.in_fresh_process("hf_rsheat.benchmarks.backbone", ["vheat-tiny", vars(run)])
     assert peaks["total"] > peaks["above_start"] > 1
@@ -121,7 +121,12 @@ def test_half_precision_is_measured_as_well():
     assert run["models"]["vheat-tiny"]["macs"] > 0
 
 
-def test_fused_models_are_measured_as_well_and_named():
-    result = backbone.bench_backbone(["vheat-tiny"], [32], repeats=1, memory=False, fused=True)
-    assert result["runs"][0]["fused"]
-    assert "inference, float32, fused, cpu" in report.table(result)
+def test_fused_models_compete_with_the_models_they_are_made_of():
+    result = backbone.bench_backbone(["vheat-tiny", "vheat-tiny+fused"], [32], repeats=1)
+    own, fused = result["runs"][0]["models"].values()
+    assert own["macs"] == fused["macs"] > 0
+    assert fused["total"] > 0
+    with pytest.raises(ConfigurationError, match="fused"):
+        backbone.bench_backbone(["vheat-tiny+fused"], [32], repeats=1, memory=False, train=True)
+    with pytest.raises(ConfigurationError, match="fused"):
+        backbone.bench_backbone(["convnext-tiny+fused"], [32], repeats=1, memory=False)
