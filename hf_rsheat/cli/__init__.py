@@ -47,7 +47,7 @@ def _configure(
 ) -> None:
     _options["debug"] = debug
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "httpx2"):  # they log every address, signed ones too
+    for library in ("httpx", "httpx2", "onnx_ir", "onnxscript"):  # the first two log every address, signed ones too
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

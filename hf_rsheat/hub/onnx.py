@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +62,7 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
     if model.dtype != torch.float32:
         name = str(model.dtype).removeprefix("torch.")
         logger.warning("The weights are %s: the graph holds them, and computes, in float32.", name)
-    return copy.deepcopy(model).to("cpu", torch.float32).requires_grad_(False).eval()
+    return copy.deepcopy(model).cpu().float().requires_grad_(False).eval()
 
 
 def _with_free_pools(model: PreTrainedModel) -> PreTrainedModel:
@@ -113,8 +114,12 @@ def export_onnx(
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed (extra `onnx`).
         VerificationError: The runtime's outputs are not PyTorch's.
     """
-    exported = write_onnx(model, path, image_size=image_size, modality=modality)
-    differences = _compare(exported.model, path, exported.shapes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a file that is refused never gets the name
+        draft = Path(folder) / path.name
+        exported = write_onnx(model, draft, image_size=image_size, modality=modality)
+        differences = _compare(exported.model, draft, exported.shapes)
+        draft.replace(path)
     logger.info("Wrote %s: batch, height and width free.", path)
     return differences
 
@@ -135,7 +140,6 @@ def write_onnx(
     free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     graph = _Outputs(_with_free_pools(model), options).eval()
     program = torch.export.export(graph, (), example, dynamic_shapes={"pixel_values": free})
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.onnx.export(
         program,
         (),
@@ -236,5 +240,7 @@ def compare(
             worst[name] = max(worst.get(name, 0.0), difference)
     for name, difference in worst.items():
         if not difference <= TOLERANCE:
-            raise VerificationError(f"{path}: '{name}' differs from PyTorch's by {difference:.1e}: do not use it.")
+            raise VerificationError(
+                f"{path.name}: '{name}' differs from PyTorch's by {difference:.1e}; it is not kept."
+            )
     return worst

@@ -40,13 +40,15 @@ def export_openvino(
         import openvino
     except ImportError as error:
         raise MissingExtraError("openvino", "openvino", "Exporting to OpenVINO") from error
-    with tempfile.TemporaryDirectory() as folder:
-        graph = Path(folder) / "model.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a file that is refused never gets the name
+        graph, draft = Path(folder) / "model.onnx", Path(folder) / path.name
         exported = write_onnx(model, graph, image_size=image_size, modality=modality)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        openvino.save_model(openvino.convert_model(graph), path, compress_to_fp16=False)
-    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    differences = compare(exported.model, lambda images: [*compiled(images).values()], exported.shapes, path)
+        openvino.save_model(openvino.convert_model(graph), draft, compress_to_fp16=False)
+        compiled = openvino.compile_model(draft, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        differences = compare(exported.model, lambda images: [*compiled(images).values()], exported.shapes, draft)
+        for suffix in (".bin", ".xml"):
+            draft.with_suffix(suffix).replace(path.with_suffix(suffix))
     logger.info("Wrote %s and %s: batch, height and width free.", path, path.with_suffix(".bin").name)
     return differences
 

@@ -244,9 +244,9 @@ def _strided_conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 def left_product(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`matrix @ x` of `(m, n)` and `(batch, n, columns)`, by oneDNN where it is faster: for a single matrix."""
-    few_rows = x.dtype == torch.float32 and len(matrix) < _ROWS_FOR_ONEDNN
     if is_tracing() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in _ONEDNN_TYPES:
         return torch.matmul(matrix, x)
+    few_rows = x.dtype == torch.float32 and len(matrix) < _ROWS_FOR_ONEDNN
     if len(x) != 1 or few_rows or not has_onednn_linear():
         return torch.matmul(matrix, x)
     return _onednn_linear(matrix, x[0].T, None, "none")[None]
