@@ -154,7 +154,7 @@ class InstanceSegmentation(Objective):
             model.backbone.requires_grad_(False)
         return model
 
-    def compiled_parts(self, model: PreTrainedModel) -> list[nn.Module]:
+    def compiled_parts(self, model: Any) -> list[nn.Module]:
         """Backbone and neck; the heads see another number of objects in every batch, and would never stop compiling."""
         return [model.backbone, model.neck]
 

@@ -181,8 +181,8 @@ class RS4DDistillation(Objective):
         strength = self.options.strength(step / max(1, self.recipe.max_steps - 1), self._state)
         ratios = {"noise_ratio": strength * self.options.noise_ratio, "mask_ratio": strength * self.options.mask_ratio}
         # Noised and masked here and not by the model, which torch.compile would compile anew for every ratio.
-        draws = (batch["noise"], batch["mask_order"])
-        seen = corrupt(batch["pixel_values"], *draws, *ratios.values(), self.config.patch_size)
+        noise, order, patch_size = batch["noise"], batch["mask_order"], self.config.patch_size
+        seen = corrupt(batch["pixel_values"], noise, order, ratios["noise_ratio"], ratios["mask_ratio"], patch_size)
         output = model(seen, teacher_features=self._target(batch))
         losses, images = output.loss_per_image, len(batch["pixel_values"])
         return {

@@ -168,6 +168,9 @@ class Slimmable(Objective):
         self.inner.checkpoint = self.checkpoint
         return self.inner.build_model()
 
+    def compiled_parts(self, model: PreTrainedModel) -> list[nn.Module]:
+        return self.inner.compiled_parts(model)
+
     def exported(self, model: PreTrainedModel) -> PreTrainedModel:
         return self.inner.exported(model)
 
