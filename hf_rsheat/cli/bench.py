@@ -10,6 +10,18 @@ import typer
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory beside other people's code.")
 
 
+# Options that several benchmarks share.
+Sizes = Annotated[str, typer.Option(help="Sides of the images in pixels, with commas.")]
+Batches = Annotated[str, typer.Option(help="Images at once, with commas.")]
+Threads = Annotated[int, typer.Option(min=1)]
+Rounds = Annotated[int, typer.Option(min=1, help="Timed rounds.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+WithMemory = Annotated[bool, typer.Option(help="Also measure memory, one fresh process each.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Chart = Annotated[Path | None, typer.Option(help="PNG of time against image size.")]
+Check = Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")]
+
+
 class Precision(StrEnum):
     """Type of weights and images."""
 
@@ -25,18 +37,18 @@ def bench_backbone(
             help="Names with commas, ratios to the first; `timm:<model>` for timm's, `<name>+fused` for fused."
         ),
     ] = "convnext-tiny,swin-tiny,vheat-tiny",
-    size: Annotated[str, typer.Option(help="Sides of the images in pixels, with commas.")] = "224",
-    batch: Annotated[str, typer.Option(help="Images at once, with commas.")] = "1",
+    size: Sizes = "224",
+    batch: Batches = "1",
     dtype: Annotated[Precision, typer.Option(help="Type of weights and images.")] = Precision.FLOAT32,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Forward and backward pass instead of inference.")] = False,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    memory: Annotated[bool, typer.Option(help="Also measure memory, one fresh process each.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    chart: Annotated[Path | None, typer.Option(help="PNG of time against image size.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
+    threads: Threads = 1,
+    repeats: Rounds = 5,
+    device: Device = "cpu",
+    memory: WithMemory = True,
+    as_json: AsJson = False,
+    chart: Chart = None,
+    check: Check = None,
 ) -> None:
     """Whole backbones, ours and others', interleaved in one process."""
     from hf_rsheat.benchmarks import backbone
@@ -87,12 +99,12 @@ def bench_heat(
     size: Annotated[str, typer.Option(help="Sides of the images in pixels, with commas; maps have a quarter.")] = "224",
     batch: Annotated[str, typer.Option(help="Maps at once, with commas.")] = "1",
     channels: Annotated[int, typer.Option(min=1, help="Of the map.")] = 96,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    memory: Annotated[bool, typer.Option(help="Also measure memory, one fresh process each.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    chart: Annotated[Path | None, typer.Option(help="PNG of time against image size.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
+    threads: Threads = 1,
+    repeats: Rounds = 5,
+    memory: WithMemory = True,
+    as_json: AsJson = False,
+    chart: Chart = None,
+    check: Check = None,
 ) -> None:
     """The heat conduction operator alone, beside its restated original and an FFT; with the machine's limits."""
     from hf_rsheat.benchmarks import heat
@@ -108,11 +120,11 @@ def bench_scan(
     length: Annotated[int, typer.Option(min=1, help="Time steps; patches of a 1024 px image by default.")] = 4096,
     channels: Annotated[int, typer.Option(min=1)] = 512,
     state: Annotated[int, typer.Option(min=1)] = 16,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    threads: Threads = 1,
+    repeats: Rounds = 5,
     backend: Annotated[str, typer.Option(help="Our scan backend: torch or associative.")] = "torch",
-    memory: Annotated[bool, typer.Option(help="Also measure memory, one fresh process each.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    memory: WithMemory = True,
+    as_json: AsJson = False,
 ) -> None:
     """Our selective scan and mixer against transformers', interleaved in one process."""
     import json
@@ -129,15 +141,15 @@ def bench_instances(
     models: Annotated[
         str, typer.Option(help="Names with commas, ratios to the first.")
     ] = "mask2former-swin-tiny,rs4d-base-bbox,rs4d-base-prompt,maskrcnn-resnet50-v2,rf-detr-seg-medium",
-    size: Annotated[str, typer.Option(help="Sides of the images in pixels, with commas.")] = "512,1024",
-    batch: Annotated[str, typer.Option(help="Images at once, with commas.")] = "1",
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    memory: Annotated[bool, typer.Option(help="Also measure memory, one fresh process each.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    chart: Annotated[Path | None, typer.Option(help="PNG of time against image size.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
+    size: Sizes = "512,1024",
+    batch: Batches = "1",
+    threads: Threads = 1,
+    repeats: Rounds = 3,
+    device: Device = "cpu",
+    memory: WithMemory = True,
+    as_json: AsJson = False,
+    chart: Chart = None,
+    check: Check = None,
 ) -> None:
     """RS4D's detectors and others', random weights, interleaved in one process.
 
@@ -164,7 +176,7 @@ def bench_pretraining(
     image_size: Annotated[int, typer.Option(min=32, help="Side of the images, pixels.")] = 224,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; with 1, processor time is counted.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each model.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """SelectiveMAE's pretraining step against transformers' MAE, interleaved in one process."""
     import torch
@@ -179,15 +191,15 @@ def bench_pretraining(
 def bench_slim(
     models: Annotated[str, typer.Option(help="Names with commas, as for `bench backbone`.")] = "vheat-tiny,vit-base",
     widths: Annotated[str, typer.Option(help="Shares of the inner units, with commas; 1 is added.")] = "0.75,0.5,0.25",
-    size: Annotated[str, typer.Option(help="Sides of the images in pixels, with commas.")] = "224",
-    batch: Annotated[str, typer.Option(help="Images at once, with commas.")] = "1",
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    memory: Annotated[bool, typer.Option(help="Also measure memory, one fresh process each.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    size: Sizes = "224",
+    batch: Batches = "1",
+    threads: Threads = 1,
+    repeats: Rounds = 5,
+    device: Device = "cpu",
+    memory: WithMemory = True,
+    as_json: AsJson = False,
     chart: Annotated[Path | None, typer.Option(help="PNG of time and arithmetic against width.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Earlier JSON: fail if a ratio is over 10 % worse.")] = None,
+    check: Check = None,
 ) -> None:
     """Models cut to shares of their width, beside the full ones."""
     from hf_rsheat.benchmarks import slim
