@@ -25,7 +25,7 @@ VALUES_IN_CACHE = 2**21
 _FEW_POSITIONS = 128
 # Fewer rows than this MKL multiplies from the left just as fast, in float32.
 _ROWS_FOR_ONEDNN = 28
-_ONEDNN_TYPES = (torch.float32, torch.bfloat16)
+ONEDNN_TYPES = (torch.float32, torch.bfloat16)
 
 
 def is_tracing() -> bool:
@@ -57,7 +57,7 @@ def opaque(function: Callable[..., Any], shape: Callable[..., Any]) -> Callable[
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether the module or a part of it has any (four times as fast as with `module.modules()`)."""
+    """Whether the module or a part of it has any; asked in each call, so without the generators of `modules()`."""
     parts: list[nn.Module | None] = [module]
     while parts:
         part = parts.pop()
@@ -118,13 +118,14 @@ def has_onednn_linear() -> bool:
     with torch.no_grad():
         x, weight, bias = torch.arange(6.0).view(2, 3) - 2, torch.arange(12.0).view(4, 3) / 7, torch.arange(4.0)
         try:
-            result = _onednn_linear(x, weight, bias, "gelu")
+            result = onednn_linear(x, weight, bias, "gelu")
         except (AttributeError, RuntimeError, TypeError):
             return False
         return torch.allclose(result, F.gelu(F.linear(x, weight, bias)), atol=1e-5)
 
 
-def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """`F.linear` and "none", "gelu" (erf) or "swish" (SiLU), without gradients; the weight plain or in blocks."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], "none")
 
 
@@ -137,9 +138,9 @@ def linear(
         return _opaque_linear(x, weight, bias, activation)
     exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # a graph for others should say what is meant
     on_cpu = plain and x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
-    if on_cpu and not exported and x.dtype in _ONEDNN_TYPES:
+    if on_cpu and not exported and x.dtype in ONEDNN_TYPES:
         if not is_tracing() and not torch.is_grad_enabled() and has_onednn_linear():
-            return _onednn_linear(x, weight, bias, activation)
+            return onednn_linear(x, weight, bias, activation)
         if x.dtype == torch.float32 and x.numel() >= _FEW_POSITIONS * x.shape[-1]:
             return _activated(_as_convolution(x, weight, bias), activation)
     return _activated(F.linear(x, weight, bias), activation)
@@ -244,12 +245,12 @@ def _strided_conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 def left_product(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`matrix @ x` of `(m, n)` and `(batch, n, columns)`, by oneDNN where it is faster: for a single matrix."""
-    if is_tracing() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in _ONEDNN_TYPES:
+    if is_tracing() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in ONEDNN_TYPES:
         return torch.matmul(matrix, x)
     few_rows = x.dtype == torch.float32 and len(matrix) < _ROWS_FOR_ONEDNN
     if len(x) != 1 or few_rows or not has_onednn_linear():
         return torch.matmul(matrix, x)
-    return _onednn_linear(matrix, x[0].T, None, "none")[None]
+    return onednn_linear(matrix, x[0].T, None, "none")[None]
 
 
 def _strided_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

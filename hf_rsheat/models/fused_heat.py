@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from .channels_last import (
+    ONEDNN_TYPES,
     VALUES_IN_CACHE,
     has_forward_hooks,
     has_onednn_linear,
     is_plain,
     is_tracing,
+    onednn_linear,
     per_image_in_cache,
 )
 from .heat_conduction import MAX_CACHED_VALUES, HeatConduction, cosine_basis
 from .heat_encoder import HeatDownsample, HeatEncoder, HeatLayer, HeatMLP, HeatStem
 
-_TYPES = (torch.float32, torch.bfloat16)
 # Up to this size of a map one product over all positions is faster than one for each axis.
 _FEW_POSITIONS = 64
 
@@ -46,7 +47,7 @@ class PackedLinear:
 
     def __call__(self, x: torch.Tensor, activation: str = "none") -> torch.Tensor:
         """`activation` is "none", "gelu" (erf) or "swish" (SiLU)."""
-        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, activation, [], "none")
+        return onednn_linear(x, self.weight, self.bias, activation)
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The map of `x`, plus `residual` `(..., out_features)`."""
@@ -113,7 +114,7 @@ def _left_product(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`matrix @ x` of `(m, n)` and `(batch, n, columns)`."""
     if len(x) > 1:
         return _each_left_product(matrix, x)
-    return torch.ops.mkldnn._linear_pointwise.default(matrix, x[0].T, None, "none", [], "none")
+    return onednn_linear(matrix, x[0].T, None, "none")
 
 
 def _each_left_product(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -292,7 +293,7 @@ def check_fusable(model: nn.Module) -> None:
             "Fused models need a PyTorch whose oneDNN operators for packed weights work as in PyTorch 2.15."
         )
     for parameter in model.parameters():
-        if parameter.device.type != "cpu" or parameter.dtype not in _TYPES:
+        if parameter.device.type != "cpu" or parameter.dtype not in ONEDNN_TYPES:
             raise ValueError(
                 "Models can be fused in float32 and bfloat16 on a CPU; this one has weights of "
                 f"{parameter.dtype} on {parameter.device}. On a GPU use torch.compile."

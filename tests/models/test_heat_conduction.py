@@ -234,3 +234,14 @@ def test_decay_stays_in_float32_under_autocast(operator):
     table = torch.randn(4, 4, 6)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert operator.diffusivity(table).dtype == torch.float32
+
+
+def test_gradients_reach_the_decay_of_maps_worked_on_in_rows(monkeypatch):
+    torch.manual_seed(0)
+    operator, signal = HeatConduction(8), torch.randn(2, 12, 10, 8)  # the signal itself needs no gradient
+    table = torch.randn(12, 10, 8, requires_grad=True)
+    whole = torch.autograd.grad(operator.conduct([signal], table).square().sum(), table)
+    monkeypatch.setattr("hf_rsheat.models.heat_conduction.MAX_CACHED_VALUES", 16)
+    monkeypatch.setattr("hf_rsheat.models.heat_conduction.VALUES_IN_CACHE", 640)
+    in_rows = torch.autograd.grad(operator.conduct([signal], table).square().sum(), table)
+    torch.testing.assert_close(in_rows, whole)
